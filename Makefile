@@ -1,0 +1,41 @@
+# The same verbs for people and for CI. PYTHON may name another interpreter (3.11 or newer); VENV another place.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= phantom
+OUT ?= artifacts
+CODE := defense services training tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# The stamp makes every target cheap once the environment is there, and follows changes of pyproject.toml.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed ## Make the virtual environment and install everything into it.
+
+demo: install ## The main job end to end on DATA (phantom, or a folder), into OUT.
+	$(BIN)/python -m training.demo --data $(DATA) --out $(OUT)
+
+test: install ## Run all tests.
+	$(BIN)/pytest
+
+lint: install ## Check style and types.
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+format: install ## Rewrite the code in the project's style.
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## Remove what install and the tools made (not the artifacts).
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,20 @@
+"""Fixtures that every kind of test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds the real data sets; the test is skipped where there is none."""
+    folder = os.environ.get("ZO_GATEWAY_DATA")
+    if not folder:
+        pytest.skip("ZO_GATEWAY_DATA does not name a folder with the real data sets")
+    return Path(folder)

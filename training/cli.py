@@ -1,0 +1,94 @@
+"""What the command-line verbs share: common arguments, the device, and one way to report errors."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from defense.errors import DefenseError
+from services.protocol.errors import ServiceError
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; the message says what was wrong and what to do."""
+
+
+def run(
+    body: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the arguments and runs `body`, turning known errors into one line on stderr.
+
+    Args:
+        body: The verb; takes the parsed arguments and returns the exit code.
+        parser: The verb's parser.
+        argv: The arguments, without the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        The body's exit code; 2 after a known error; 130 after Ctrl-C.
+    """
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a request would drown everything else
+    try:
+        return body(arguments)
+    except (UserError, DefenseError, ServiceError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, --size, --channels and --seed."""
+    parser.add_argument(
+        "--data",
+        default="phantom",
+        help="a folder (Training/<class>/* and Testing/<class>/*, or one folder a class), or 'phantom' (default)",
+    )
+    parser.add_argument("--size", type=positive_int, default=64, help="images are resized to SIZE x SIZE (default 64)")
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), default=1, help="1: grey, the default; 3: red, green and blue"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --device."""
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device that --device names.
+
+    Raises:
+        UserError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {error}") from error
+    return device
+
+
+def positive_int(text: str) -> int:
+    """Parses a whole number of at least 1 (an argparse type)."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Parses a finite number above 0 (an argparse type)."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
