@@ -1,13 +1,12 @@
-"""What the command-line verbs share: common arguments, the device, and one way to report errors."""
+"""What the command-line verbs share: common arguments and one way to report errors."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
 from defense.errors import DefenseError
+from services.device import resolve_device as resolve_device
 from services.protocol.errors import ServiceError
 
 
@@ -60,22 +59,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --device."""
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-
-
-def resolve_device(name: str) -> torch.device:
-    """Returns the device that --device names.
-
-    Raises:
-        UserError: No such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {error}") from error
-    return device
 
 
 def positive_int(text: str) -> int:

@@ -1,0 +1,200 @@
+"""The sanitizer on disk: `model.safetensors` and `manifest.json`, written whole or not at all, checked when read.
+
+Nothing that is loaded here can execute code: weights are raw tensors, the manifest is validated JSON.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from defense.errors import ArtifactError
+from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
+
+WEIGHTS_FILE: Final = "model.safetensors"
+MANIFEST_FILE: Final = "manifest.json"
+FORMAT: Final = "zo-gateway-artifact-1"
+
+
+class Provenance(BaseModel):
+    """How a sanitizer came to be.
+
+    Attributes:
+        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds".
+        estimator: The estimator's settings; None where no gradient was estimated.
+        data: Name of the data set.
+        data_fingerprint: SHA-256 of the images it was trained on.
+        settings: The command's settings.
+        versions: Versions of the libraries that made it.
+        validation: The figures by which this state was chosen.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["mse", "zo-ds", "zo-ae-ds"]
+    estimator: dict[str, JsonValue] | None
+    data: str
+    data_fingerprint: str
+    settings: dict[str, JsonValue]
+    versions: dict[str, str]
+    validation: dict[str, float]
+
+
+class Manifest(BaseModel):
+    """What stands in `manifest.json`.
+
+    Attributes:
+        id: First 16 hexadecimal digits of the SHA-256 over all else in the manifest, the weights' hash included.
+        name: Its name for people.
+        task: What the victim does.
+        labels: The victim's classes in the order of its scores; empty where the victim was never asked.
+        architecture: Enough to build the module.
+        sigma: Standard deviation of the noise it was trained for, in units of the [0, 1] range.
+        queries: Victim queries spent, in images, by purpose.
+        provenance: How it came to be.
+        weights_sha256: Of the weights file.
+        format: The version of this layout.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    name: str
+    task: Literal["classification"]
+    labels: list[str]
+    architecture: SanitizerConfig
+    sigma: float = Field(ge=0)
+    queries: dict[str, int]
+    provenance: Provenance
+    weights_sha256: str
+    format: Literal["zo-gateway-artifact-1"] = FORMAT
+
+    @property
+    def input(self) -> ImageShape:
+        """Shape of the images it takes and returns; their range is [0, 1]."""
+        return self.architecture.input
+
+    @property
+    def queries_spent(self) -> int:
+        """All victim queries spent to learn it, in images."""
+        return sum(self.queries.values())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sanitizer, ready to serve, and what is known of it."""
+
+    sanitizer: Sanitizer
+    manifest: Manifest
+
+
+def save_artifact(
+    path: str | Path,
+    sanitizer: Sanitizer,
+    *,
+    name: str,
+    labels: list[str],
+    sigma: float,
+    queries: dict[str, int],
+    provenance: Provenance,
+) -> Manifest:
+    """Writes an artifact, replacing an older one at the same place only when the new one is complete.
+
+    Args:
+        path: The artifact's folder; other files in it are kept.
+        sanitizer: The module, in whatever mode and on whatever device.
+        name: Its name for people.
+        labels: The victim's classes in the order of its scores.
+        sigma: Standard deviation of the noise it was trained for.
+        queries: Victim queries spent, by purpose.
+        provenance: How it came to be.
+
+    Returns:
+        The manifest that was written.
+    """
+    folder = Path(path)
+    weights = save_tensors({key: value.detach().cpu().contiguous() for key, value in sanitizer.state_dict().items()})
+    draft = Manifest(
+        id="",
+        name=name,
+        task="classification",
+        labels=labels,
+        architecture=sanitizer.config,
+        sigma=sigma,
+        queries=queries,
+        provenance=provenance,
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+    )
+    manifest = draft.model_copy(update={"id": _content_id(draft)})
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    try:
+        (staging / WEIGHTS_FILE).write_bytes(weights)
+        (staging / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+        # Weights first: torn between the two renames, the old manifest's hash refuses the new weights.
+        (staging / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+        (staging / MANIFEST_FILE).replace(folder / MANIFEST_FILE)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Reads an artifact and checks all of it: layout, hashes, architecture, every tensor's shape and values.
+
+    Args:
+        path: The artifact's folder.
+
+    Returns:
+        The sanitizer in evaluation mode on the CPU, and its manifest.
+
+    Raises:
+        ArtifactError: Something is missing, malformed or altered; the message says what.
+    """
+    folder = Path(path)
+    try:
+        manifest_text = (folder / MANIFEST_FILE).read_text()
+        weights = (folder / WEIGHTS_FILE).read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder} holds no readable artifact: {error}") from error
+    try:
+        manifest = Manifest.model_validate(json.loads(manifest_text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ArtifactError(f"{folder / MANIFEST_FILE} is malformed at {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{folder / MANIFEST_FILE} is no JSON: {error}") from error
+    if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} was altered: its SHA-256 is not the one in the manifest")
+    if _content_id(manifest) != manifest.id:
+        raise ArtifactError(f"{folder / MANIFEST_FILE} was altered: its id does not match its content")
+    try:
+        state = load_tensors(weights)
+        sanitizer = Sanitizer(manifest.architecture)
+        sanitizer.load_state_dict(state)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} does not fit the manifest's architecture: {error}") from error
+    _refuse_non_finite(state, folder)
+    return Artifact(sanitizer.eval().requires_grad_(False), manifest)
+
+
+def _content_id(manifest: Manifest) -> str:
+    content = json.dumps(manifest.model_dump(mode="json", exclude={"id"}), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _refuse_non_finite(state: dict[str, Tensor], folder: Path) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ArtifactError(f"{folder / WEIGHTS_FILE} holds values that are not finite, in {key}")

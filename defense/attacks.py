@@ -1,0 +1,236 @@
+"""Gradient attacks of one signature, as thin adapters over foolbox.
+
+`craft("pgd", model, images, labels, epsilon)` returns images of the same shape, inside the bounds [0,1]. All attacks
+are untargeted and maximise (or, for DDN, use) the cross-entropy of the model's logits against the given labels.
+
+| name     | norm  | steps | step / epsilon | start  | source                                      |
+|----------|-------|-------|----------------|--------|---------------------------------------------|
+| `fgsm`   | L-inf | 1     | 1              | image  | Goodfellow et al., ICLR 2015                |
+| `pgd`    | L-inf | 20    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
+| `pgd-l2` | L2    | 20    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
+| `ddn`    | L2    | 100   | decoupled      | image  | Rony et al., CVPR 2019: minimum norm        |
+
+DDN is minimum-norm: it takes no epsilon (None) and returns the closest adversarial image it saw. foolbox's DDN does not
+round the images to 256 levels (adv-lib's does so by default), so its norms are the smaller, unquantised ones.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    # foolbox 3.3.4 imports gaussian_filter, which none of these attacks needs, from where SciPy kept it until 1.8.
+    warnings.filterwarnings("ignore", message="Please import `gaussian_filter`", category=DeprecationWarning)
+    from foolbox.attacks.ddn import DDNAttack
+    from foolbox.attacks.fast_gradient_method import LinfFastGradientAttack
+    from foolbox.attacks.projected_gradient_descent import (
+        L2ProjectedGradientDescentAttack,
+        LinfProjectedGradientDescentAttack,
+    )
+    from foolbox.models.pytorch import PyTorchModel
+    from foolbox.types import Bounds
+
+BOUNDS = Bounds(0.0, 1.0)
+
+PGD_REACH = 2.5
+"""Step size times steps, in epsilons: more than 2, so that PGD can cross the whole ball from any random start."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One line of the table of attacks.
+
+    Attributes:
+        norm: The norm that is bounded (or, for a minimum-norm attack, minimised).
+        steps: Gradient steps when none are asked for.
+        minimum_norm: Whether the attack looks for the smallest perturbation and takes no epsilon.
+        build: Makes the foolbox attack for a number of steps.
+    """
+
+    norm: Literal["linf", "l2"]
+    steps: int
+    minimum_norm: bool
+    build: Callable[[int], Any]
+
+
+def _fgsm(steps: int) -> Any:
+    if steps != 1:
+        raise ValueError(f"fgsm has exactly one step, got {steps}")
+    return LinfFastGradientAttack()
+
+
+def _pgd(steps: int) -> Any:
+    return LinfProjectedGradientDescentAttack(steps=steps, rel_stepsize=PGD_REACH / steps)
+
+
+def _pgd_l2(steps: int) -> Any:
+    return L2ProjectedGradientDescentAttack(steps=steps, rel_stepsize=PGD_REACH / steps)
+
+
+def _ddn(steps: int) -> Any:
+    return DDNAttack(steps=steps, init_epsilon=1.0, gamma=0.05)
+
+
+ATTACKS: dict[str, Attack] = {
+    "fgsm": Attack(norm="linf", steps=1, minimum_norm=False, build=_fgsm),
+    "pgd": Attack(norm="linf", steps=20, minimum_norm=False, build=_pgd),
+    "pgd-l2": Attack(norm="l2", steps=20, minimum_norm=False, build=_pgd_l2),
+    "ddn": Attack(norm="l2", steps=100, minimum_norm=True, build=_ddn),
+}
+
+
+def craft(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float | None = None,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    batch: int = 128,
+) -> Tensor:
+    """Crafts adversarial images.
+
+    Args:
+        name: A key of `ATTACKS`.
+        model: Differentiable classifier in evaluation mode, (N,C,H,W) in [0,1] -> logits (N,K). It is left as it was:
+            no gradient is stored in its parameters.
+        images: (N,C,H,W) float32 in [0,1], on the model's device.
+        labels: (N,) int64, the classes to get away from.
+        epsilon: Radius in the attack's norm, in units of [0,1]; None for a minimum-norm attack, and only then.
+        steps: Gradient steps; the table's when None.
+        seed: Seed of the random starts. The global generator of torch is left as it was.
+        batch: Images attacked together. With a seed it determines the random starts.
+
+    Returns:
+        (N,C,H,W) float32 in [0,1]. A minimum-norm attack returns an image unchanged where it found nothing.
+
+    Raises:
+        ValueError: Unknown name, an epsilon that is missing, superfluous or negative, images outside [0,1], or a
+            model in training mode.
+    """
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; there are {', '.join(ATTACKS)}")
+    attack = ATTACKS[name]
+    if attack.minimum_norm != (epsilon is None):
+        raise ValueError(f"{name} takes {'no' if attack.minimum_norm else 'an'} epsilon")
+    if epsilon is not None and not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must be finite and at least 0, got {epsilon}")
+    if model.training:
+        raise ValueError("the model is in training mode; call eval() first")
+    if len(images) == 0:
+        return images.clone()
+    if not (images.min() >= BOUNDS.lower and images.max() <= BOUNDS.upper):
+        raise ValueError(f"images must lie in [{BOUNDS.lower:g}, {BOUNDS.upper:g}]")
+
+    algorithm = attack.build(attack.steps if steps is None else steps)
+    arguments = {} if epsilon is None else {"epsilon": epsilon}
+    devices = [images.device] if images.device.type == "cuda" else []
+    crafted = []
+    # foolbox draws from torch's global generator and lets gradients pile up in the parameters.
+    with torch.random.fork_rng(devices=devices), _frozen(model):
+        torch.manual_seed(seed)
+        victim = PyTorchModel(model, bounds=BOUNDS, device=images.device)
+        for start in range(0, len(images), batch):
+            part = slice(start, start + batch)
+            found = algorithm.run(victim, images[part], labels[part], **arguments)
+            crafted.append(found.detach().clamp(*BOUNDS))
+    return torch.cat(crafted)
+
+
+def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
+    """Sizes of the perturbations that a minimum-norm attack found.
+
+    Args:
+        model: The classifier that was attacked, (N,C,H,W) -> logits (N,K).
+        images: (N,C,H,W), the originals.
+        adversarials: (N,C,H,W), what the attack returned.
+        labels: (N,) int64, the classes to get away from.
+        batch: Images in one forward pass.
+
+    Returns:
+        (N,) float32 L2 norms in units of [0,1]; 0 where the original was already misclassified, inf where the attack
+        found nothing.
+    """
+    with torch.no_grad():
+        answers = torch.cat([model(part).argmax(dim=1) for part in torch.split(adversarials, batch)])
+    norms: Tensor = torch.linalg.vector_norm((adversarials - images).flatten(1), dim=1)
+    return norms.masked_fill(answers == labels, float("inf"))
+
+
+def scaled_norms(
+    classifier: Callable[[Tensor], Tensor],
+    images: Tensor,
+    adversarials: Tensor,
+    labels: Tensor,
+    *,
+    furthest: float = 64.0,
+    halvings: int = 5,
+) -> Tensor:
+    """How far perturbations made for one classifier must be scaled until another one errs too.
+
+    Each image is moved to clip(image + k * (adversarial - image)) for k = 1, 2, 4, ... up to `furthest`, until the
+    classifier's answer is wrong; then k is halved in between the last right and the first wrong answer. The final
+    answer was wrong, so its norm is an upper bound on the smallest perturbation that fools this classifier. It is
+    nothing more: the direction is an oblivious attacker's, and an adaptive attack may need far less.
+
+    Args:
+        classifier: (N,C,H,W) in [0,1] -> scores (N,K); it only answers, no gradients are asked for.
+        images: (N,C,H,W) float32 in [0,1], the originals.
+        adversarials: (N,C,H,W), made for another classifier.
+        labels: (N,) int64, the right answers.
+        furthest: Largest factor k, at least 1.
+        halvings: Bisections after the first wrong answer; the last interval is 2^-halvings of the first.
+
+    Returns:
+        (N,) float32 L2 norms of the clipped perturbation at which the answer is wrong; 0 where it is wrong without
+        any, inf where it stays right up to `furthest` or where there is no perturbation to scale.
+    """
+    directions = adversarials - images
+
+    def moved(chosen: Tensor, factors: Tensor) -> Tensor:
+        return (images[chosen] + factors[chosen].view(-1, 1, 1, 1) * directions[chosen]).clamp(*BOUNDS)
+
+    def errs(chosen: Tensor, factors: Tensor) -> Tensor:
+        if len(chosen) == 0:
+            return torch.zeros(0, dtype=torch.bool)
+        return classifier(moved(chosen, factors)).argmax(dim=1) != labels[chosen]
+
+    everyone = torch.arange(len(images))
+    right, wrong = torch.zeros(len(images)), torch.full((len(images),), float("inf"))
+    wrong[errs(everyone, right)] = 0.0
+    factor = 1.0
+    while factor <= furthest:
+        chosen = (wrong.isinf() & directions.flatten(1).any(dim=1)).nonzero().squeeze(1)
+        hit = errs(chosen, torch.full_like(wrong, factor))
+        wrong[chosen[hit]] = factor
+        right[chosen[~hit]] = factor
+        factor *= 2
+    chosen = (wrong.isfinite() & (wrong > 0)).nonzero().squeeze(1)
+    for _ in range(halvings):
+        middle = (right + wrong) / 2
+        hit = errs(chosen, middle)
+        wrong[chosen[hit]] = middle[chosen[hit]]
+        right[chosen[~hit]] = middle[chosen[~hit]]
+    fooling = moved(everyone, wrong.masked_fill(wrong.isinf(), 0.0))
+    norms: Tensor = torch.linalg.vector_norm((fooling - images).flatten(1), dim=1)
+    return norms.masked_fill(wrong.isinf(), float("inf"))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Keeps gradients out of the parameters, which also makes the backward pass cheaper."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

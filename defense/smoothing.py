@@ -1,0 +1,190 @@
+"""Randomised smoothing: prediction and certificates from counts under Gaussian noise.
+
+Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019
+(`Certify` and `Predict` of section 3.2, theorem 1). The smoothed classifier answers the class that the base
+classifier is most likely to give to x + N(0, sigma^2 I). Here the base classifier is any callable that maps images to
+scores: a model in process, or a gateway and its victim behind HTTP.
+
+Images and radii are in units of [0,1] pixel values. The noise is not clipped: theorem 1 is about unclipped noise, and
+whatever clips later belongs to the base classifier.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import beta, binomtest, norm
+from torch import Tensor
+
+from defense.errors import InvalidAnswer
+
+ABSTAIN = -1
+"""The label that stands for "no answer at this confidence"."""
+
+BaseClassifier = Callable[[Tensor], Tensor]
+"""(N,C,H,W) float32 -> (N,K) scores, of which only the largest of each image counts."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about one image.
+
+    Attributes:
+        label: The smoothed classifier's class, or `ABSTAIN`.
+        radius: L2 radius in units of [0,1] within which `label` provably does not change; 0 when abstained.
+    """
+
+    label: int
+    radius: float
+
+    @property
+    def abstained(self) -> bool:
+        """Whether there was no answer at this confidence."""
+        return self.label == ABSTAIN
+
+
+def lower_bound(hits: int, n: int, alpha: float) -> float:
+    """One-sided Clopper-Pearson bound: below the true probability in at least a share 1 - alpha of all experiments.
+
+    Args:
+        hits: Successes, 0 <= hits <= n.
+        n: Trials, at least 1.
+        alpha: Probability of failure, in (0,1).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+    _check_alpha(alpha)
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"hits must lie between 0 and n >= 1, got {hits} of {n}")
+    return 0.0 if hits == 0 else float(beta.ppf(alpha, hits, n - hits + 1))
+
+
+def certified_radius(p_lower: float, sigma: float) -> float:
+    """Theorem 1: sigma * Phi^-1(p_lower), the runner-up bounded by 1 - p_lower; 0 for p_lower <= 1/2."""
+    return sigma * float(norm.ppf(p_lower)) if p_lower > 0.5 else 0.0
+
+
+def largest_radius(n: int, alpha: float, sigma: float) -> float:
+    """The radius when all n samples agree: no image can be certified beyond it, however robust it is."""
+    return certified_radius(lower_bound(n, n, alpha), sigma)
+
+
+def linf_equivalent(radius: float, shape: tuple[int, int, int]) -> float:
+    """The largest L-inf ball inside an L2 ball: radius / sqrt(C*H*W).
+
+    Args:
+        radius: L2 radius, in units of [0,1].
+        shape: (C,H,W) of the image that was certified.
+
+    Returns:
+        The L-inf radius in units of [0,1]; times 255 it is in grey levels.
+    """
+    return radius / math.sqrt(math.prod(shape))
+
+
+def certify_counts(selection: Tensor, estimation: Tensor, *, sigma: float, alpha: float) -> Certificate:
+    """`Certify` on counts.
+
+    Args:
+        selection: (K,) integer counts of the n0 samples that choose the class.
+        estimation: (K,) integer counts of n other samples, which estimate that class's probability.
+        sigma: Standard deviation of the noise, in units of [0,1].
+        alpha: Probability that the certificate is wrong, in (0,1).
+    """
+    label = int(selection.argmax())
+    p_lower = lower_bound(int(estimation[label]), int(estimation.sum()), alpha)
+    if p_lower <= 0.5:
+        return Certificate(ABSTAIN, 0.0)
+    return Certificate(label, certified_radius(p_lower, sigma))
+
+
+def predict_counts(counts: Tensor, *, alpha: float) -> int:
+    """`Predict` on counts: the most frequent class, or `ABSTAIN` when its lead over the second may be chance.
+
+    Args:
+        counts: (K,) integer counts, K >= 2.
+        alpha: Probability that the answer is not the smoothed classifier's, in (0,1); two-sided binomial test.
+    """
+    _check_alpha(alpha)
+    first, second = torch.topk(counts, 2).values.tolist()
+    if binomtest(first, first + second, 0.5).pvalue > alpha:
+        return ABSTAIN
+    return int(counts.argmax())
+
+
+def sample_counts(
+    classifier: BaseClassifier, image: Tensor, *, n: int, sigma: float, generator: torch.Generator, batch: int = 1024
+) -> Tensor:
+    """Counts the base classifier's answers to `n` noisy copies of one image.
+
+    Args:
+        classifier: The base classifier.
+        image: (C,H,W) float32.
+        n: Number of copies, at least 1.
+        sigma: Standard deviation of the noise, in units of [0,1].
+        generator: Source of the noise, which is drawn on the generator's device.
+        batch: Copies in one call of the classifier.
+
+    Returns:
+        (K,) int64 counts that sum to n, on the CPU.
+
+    Raises:
+        InvalidAnswer: The classifier's answer is no finite (N,K) tensor.
+        ValueError: n or batch is below 1.
+    """
+    if n < 1 or batch < 1:
+        raise ValueError(f"n and batch must be at least 1, got {n} and {batch}")
+    counts: Tensor | None = None
+    for start in range(0, n, batch):
+        size = min(batch, n - start)
+        noise = torch.randn((size, *image.shape), generator=generator, device=generator.device)
+        scores = classifier(image + sigma * noise.to(image.device))
+        if scores.ndim != 2 or len(scores) != size or not torch.isfinite(scores).all():
+            raise InvalidAnswer(f"expected {size} rows of finite scores, got a tensor of shape {tuple(scores.shape)}")
+        hits = torch.bincount(scores.argmax(dim=1), minlength=scores.shape[1]).cpu()
+        counts = hits if counts is None else counts + hits
+    assert counts is not None  # n >= 1
+    return counts
+
+
+def certify(
+    classifier: BaseClassifier,
+    image: Tensor,
+    *,
+    sigma: float,
+    n0: int,
+    n: int,
+    alpha: float,
+    generator: torch.Generator,
+    batch: int = 1024,
+) -> Certificate:
+    """`Certify` of the paper on one image (C,H,W): n0 samples choose the class, n more bound its probability.
+
+    With probability at least 1 - alpha over the noise, the smoothed classifier answers the certificate's label
+    everywhere within its radius, or the certificate abstains. Arguments as in `sample_counts` and `certify_counts`.
+    """
+    selection = sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch)
+    estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
+    return certify_counts(selection, estimation, sigma=sigma, alpha=alpha)
+
+
+def predict(
+    classifier: BaseClassifier,
+    image: Tensor,
+    *,
+    sigma: float,
+    n: int,
+    alpha: float,
+    generator: torch.Generator,
+    batch: int = 1024,
+) -> int:
+    """`Predict` of the paper on one image (C,H,W): the smoothed class or `ABSTAIN`. Arguments as in `sample_counts`."""
+    counts = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
+    return predict_counts(counts, alpha=alpha)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")

@@ -1,0 +1,1 @@
+"""The black box: a model behind `POST /predict`, and nothing else."""

@@ -1,0 +1,71 @@
+"""The hospital's application: two kinds of path, and 404 for the rest."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from torch import nn
+
+from services.batching import Admission, Batcher
+from services.device import resolve_device
+from services.hospital.config import HospitalSettings
+from services.hospital.model import VictimConfig
+from services.protocol.calls import Signature, answer, read_call
+from services.protocol.http import make_app
+
+
+def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSettings) -> FastAPI:
+    """The application around a model.
+
+    Args:
+        model: in eval mode; maps (N,C,H,W) in [0,1] to logits (N,K).
+        config: the model's shape and labels.
+        settings: the service's settings.
+
+    Raises:
+        ServiceError: the device of the settings cannot be used.
+    """
+    device = resolve_device(settings.device)
+    model.to(device)
+    shape = (config.channels, *config.size)
+    signature = Signature(model_name="hospital", model_version="1", labels=config.labels)
+
+    @torch.inference_mode()
+    def run(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        logits: torch.Tensor = model(torch.from_numpy(images).to(device).clamp(0, 1))
+        scores: npt.NDArray[np.float32] = logits.float().softmax(dim=1).cpu().numpy()
+        return scores
+
+    batcher = Batcher(run, max_batch=settings.max_batch, max_delay_s=settings.max_delay_ms / 1000)
+    admission = Admission(settings.max_queue)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with batcher:
+            yield
+
+    app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> Response:
+        """Scores for an image (multipart field `file`, or its bytes as image/*), or for a batch as OIP tensors."""
+        call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
+        with admission.admit(len(call.images)):
+            scores = await batcher(call.images)
+        return answer(call, scores, signature)
+
+    @app.get("/v2/health/live")
+    async def live() -> JSONResponse:
+        """The process answers."""
+        return JSONResponse({"live": True})
+
+    @app.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        """The model is loaded: it was before the first connection."""
+        return JSONResponse({"ready": True})
+
+    return app

@@ -1,0 +1,257 @@
+"""The asyncio client of a victim or a gateway; use it through `services.protocol.client`."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from services.protocol import oip
+from services.protocol.errors import (
+    InvalidInput,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+    UpstreamInvalid,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    from_status,
+)
+from services.protocol.images import encode_png
+
+BACKOFF_FIRST_S = 0.1
+BACKOFF_LAST_S = 5.0
+
+_WORDS_LENGTH = 500
+_RETRIABLE = (Overloaded, Unavailable, UpstreamUnreachable, UpstreamTimeout)
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+
+
+@dataclass
+class _Replica:
+    """One URL and how it fares."""
+
+    url: str
+    health: str
+    outstanding: int = 0
+    rests_until: float = 0.0
+
+
+def _replica(url: str) -> _Replica:
+    """Reads a victim's URL: a bare host speaks at /predict, a URL with a path is used as it is."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise InvalidInput(f"{url!r} is no URL: {error}") from error
+    port_fits = parsed.port is None or 0 < parsed.port < 2**16
+    if parsed.scheme not in ("http", "https") or not parsed.host or not port_fits:
+        raise InvalidInput(f"{url!r} is no URL of a victim; it must look like http://host:8000")
+    path = parsed.path.rstrip("/")
+    root = path.partition("/v2/")[0].removesuffix("/predict")
+    return _Replica(
+        url=str(parsed.copy_with(path=path or "/predict")),
+        health=str(parsed.copy_with(path=f"{root}/v2/health/ready", query=None)),
+    )
+
+
+class AsyncVictimClient:
+    """Asks one victim, at one or several URLs, in large binary requests.
+
+    Args:
+        urls: replicas of one victim; each request goes to the one with the fewest requests outstanding.
+        batch: most images a request.
+        in_flight: most requests at once, over all replicas and callers.
+        timeout_s: seconds without progress after which a request has timed out.
+        patience_s: for how long overload, broken connections, 502, 503, 504 and time-outs are waited out (exponential
+            back-off with jitter, never sooner than `Retry-After`) while no request at all succeeds; 0: not at all.
+        on_resend: called with the number of images before they are transmitted once more after an earlier
+            transmission failed. What it raises ends the request and reaches the caller.
+        transport: in place of the network, for tests.
+
+    Raises:
+        InvalidInput: a URL is none.
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        batch: int = 256,
+        in_flight: int = 4,
+        timeout_s: float = 60.0,
+        patience_s: float = 0.0,
+        on_resend: Callable[[int], None] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Opens no connection yet."""
+        if isinstance(urls, str) or not urls:
+            raise ValueError("urls must be a sequence with at least one URL")
+        if batch < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
+            raise ValueError("batch, in_flight and timeout_s must be positive, patience_s not negative")
+        self._replicas = [_replica(url) for url in urls]
+        self._batch = batch
+        self._patience_s = patience_s
+        self._on_resend = on_resend
+        self._slots = asyncio.Semaphore(in_flight)
+        self._last_success = time.monotonic()
+        # An idle connection is given up sooner than the 5 seconds after which common servers close it: a request that
+        # meets such a close fails. Waiting for a free connection has no limit, the semaphore sees to that.
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(timeout_s, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=in_flight, keepalive_expiry=2.0),
+            transport=transport,
+        )
+
+    async def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The victim's scores.
+
+        Args:
+            images: (N,C,H,W), N at least 1.
+
+        Returns:
+            (N,K) float32, finite, in the order of the images, exactly as the victim sent them.
+
+        Raises:
+            ServiceError: the victim refused, failed or could not be reached, by class; 4xx carry its own words.
+            UpstreamInvalid: it answered something that is no (N,K) array of finite numbers.
+        """
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f"expected images of shape (N,C,H,W) with N at least 1, got {images.shape}")
+        images = np.asarray(images, dtype=np.float32)
+        chunks = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
+        tasks = [asyncio.create_task(self._infer_chunk(chunk)) for chunk in chunks]
+        try:
+            answers = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        if len({answer.shape[1] for answer in answers}) > 1:
+            raise UpstreamInvalid("the victim changed its number of classes between two requests")
+        return np.concatenate(answers)
+
+    async def describe(self, image: npt.NDArray[np.float32]) -> dict[str, object]:
+        """The victim's JSON answer on one image (C,H,W), which travels as an 8-bit PNG.
+
+        Returns:
+            at least `label` (str), `labels` (list of K str) and `probabilities` (list of K float).
+        """
+        async with self._slots:
+            response = await self._post(encode_png(image), {"Content-Type": "image/png"}, count=1)
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise UpstreamInvalid(f"the victim's answer is no JSON: {error}") from error
+        if not isinstance(answer, dict) or not {"label", "labels", "probabilities"} <= answer.keys():
+            raise UpstreamInvalid("the victim's answer has no label, labels and probabilities")
+        return answer
+
+    async def ready(self) -> bool:
+        """Whether any replica says that it is ready."""
+
+        async def asks(replica: _Replica) -> bool:
+            try:
+                return (await self._http.get(replica.health)).status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        return any(await asyncio.gather(*(asks(replica) for replica in self._replicas)))
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Nothing to prepare."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes all connections."""
+        await self.aclose()
+
+    async def _infer_chunk(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        async with self._slots:  # also around the encoding, or every request of a large call would be in memory at once
+            body, headers = oip.encode_request([oip.Tensor(oip.INPUT, images)])
+            response = await self._post(body, headers, count=len(images))
+        try:
+            outputs = oip.decode_response(response.content, oip.header_length(response.headers.get(oip.HEADER)))
+        except ServiceError as error:
+            raise UpstreamInvalid(f"the victim's answer is malformed: {error.message}") from error
+        name = oip.OUTPUT if len(outputs) > 1 else next(iter(outputs))  # an only output may have any name
+        if name not in outputs:
+            raise UpstreamInvalid(f"the victim's answer has no output {name!r}, but {', '.join(map(repr, outputs))}")
+        scores = outputs[name]
+        if scores.ndim != 2 or len(scores) != len(images) or not scores.shape[1]:
+            raise UpstreamInvalid(f"the victim answered {len(images)} images with scores of shape {scores.shape}")
+        with np.errstate(over="ignore"):
+            scores = scores.astype(np.float32)
+        if not np.isfinite(scores).all():
+            raise UpstreamInvalid("the victim answered scores that are not finite")
+        return scores
+
+    async def _post(self, body: bytes, headers: dict[str, str], *, count: int) -> httpx.Response:
+        """Sends `count` images, again and again as far as patience goes; returns an answer with status 200."""
+        paid = True  # the first transmission is accounted for by the caller
+        failing_since: float | None = None
+        backoff = BACKOFF_FIRST_S
+        while True:
+            if not paid and self._on_resend is not None:
+                self._on_resend(count)
+            paid = True
+            now = time.monotonic()
+            replica = min(self._replicas, key=lambda one: (one.rests_until > now, one.outstanding))
+            try:
+                response = await self._attempt(replica, body, headers)
+            except _RETRIABLE as error:
+                paid = isinstance(error.__cause__, _NOT_SENT)
+                now = time.monotonic()
+                failing_since = max(failing_since or now, self._last_success)
+                patience_left = failing_since + self._patience_s - now
+                pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after or 0.0)
+                replica.rests_until = now + pause
+                if patience_left <= 0:
+                    raise
+                await asyncio.sleep(min(pause, patience_left))
+                backoff = min(2 * backoff, BACKOFF_LAST_S)
+            else:
+                self._last_success = time.monotonic()
+                return response
+
+    async def _attempt(self, replica: _Replica, body: bytes, headers: dict[str, str]) -> httpx.Response:
+        """Sends one request once; everything but an answer with status 200 is raised."""
+        replica.outstanding += 1
+        try:
+            response = await self._http.post(replica.url, content=body, headers=headers)
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
+            raise UpstreamTimeout(f"the victim at {replica.url} did not answer in time") from error
+        except httpx.HTTPError as error:
+            raise UpstreamUnreachable(f"the victim at {replica.url} cannot be reached: {error}") from error
+        finally:
+            replica.outstanding -= 1
+        if response.status_code == 200:
+            return response
+        message = f"the victim at {replica.url} answered {response.status_code}: {_words(response)}"
+        raise from_status(response.status_code, message, retry_after=_seconds(response.headers.get("Retry-After")))
+
+
+def _words(response: httpx.Response) -> str:
+    """What an error answer says, whatever its form."""
+    try:
+        return str(response.json()["error"])[:_WORDS_LENGTH]
+    except (ValueError, LookupError, TypeError):
+        return response.text[:_WORDS_LENGTH] or response.reason_phrase
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The header's number of seconds; dates are not understood and count as absent."""
+    return float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else None

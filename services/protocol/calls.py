@@ -1,0 +1,167 @@
+"""From an HTTP request to the images in it, and from scores to the answer in the form in which the question came."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import anyio.to_thread
+import numpy as np
+import numpy.typing as npt
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+
+from services.protocol import oip
+from services.protocol.errors import InvalidInput, UnsupportedMedia
+from services.protocol.images import decode_image
+from services.protocol.limits import inflate
+
+_FORM_TYPE = "multipart/form-data"
+_FIELD = "file"
+# None: tritonclient's synchronous client sends no type at all. The last one: what `curl -d` says unasked.
+_TENSOR_TYPES = (None, oip.JSON_TYPE, oip.BINARY_TYPE, "application/x-www-form-urlencoded")
+_LEVELS = {"UINT8": 255, "UINT16": 65535}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to a model.
+
+    Attributes:
+        images: (N,C,H,W) float32, finite, N at least 1; possibly a read-only view of the request's body.
+        form: how it came and how to answer it: "image" (JSON for people), or as a tensor, to be answered in "json" or
+            "binary".
+        id: what the client calls this request.
+    """
+
+    images: npt.NDArray[np.float32]
+    form: Literal["image", "json", "binary"]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Who answers.
+
+    Attributes:
+        model_name: the name in tensor answers.
+        model_version: the version in tensor answers.
+        labels: names of the K classes.
+        extra: added to answers to images.
+        parameters: added to tensor answers.
+        headers: added to all answers.
+    """
+
+    model_name: str
+    model_version: str
+    labels: Sequence[str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def read_call(
+    request: Request, shape: tuple[int, int, int], *, max_body_bytes: int, tensors_only: bool = False
+) -> Call:
+    """Reads a call: a multipart field `file`, a raw image/* body, or an Open Inference Protocol request.
+
+    Args:
+        request: the HTTP request, its body not yet read.
+        shape: (C,H,W) of the images that the model takes. Images in a file format are resized to it; tensors must have
+            it.
+        max_body_bytes: bound on an inflated body.
+        tensors_only: refuse images.
+
+    Raises:
+        ServiceError: the subclass that says what was wrong.
+    """
+    media = request.headers.get("Content-Type", "").partition(";")[0].strip().lower() or None
+    encoding = request.headers.get("Content-Encoding")
+    is_image = media == _FORM_TYPE or (media or "").startswith("image/")
+    if not (media in _TENSOR_TYPES or (is_image and not tensors_only)):
+        raise UnsupportedMedia(f"media type {(media or '')[:80]!r} is not supported at this path")
+    if media == _FORM_TYPE:
+        if encoding is not None:
+            raise UnsupportedMedia("multipart bodies must not be compressed")
+        return await anyio.to_thread.run_sync(_image_call, await _uploaded(request), shape)
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise InvalidInput("the connection ended before the body did") from error
+    if is_image:
+        return await anyio.to_thread.run_sync(
+            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape)
+        )
+    json_length = oip.header_length(request.headers.get(oip.HEADER))
+    return await anyio.to_thread.run_sync(
+        lambda: _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape)
+    )
+
+
+def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+    """The answer to a call, in the call's own form.
+
+    Args:
+        call: what was asked.
+        scores: (N,K), finite.
+        signature: who answers.
+    """
+    headers = dict(signature.headers)
+    if call.form == "image":
+        told = {
+            "label": signature.labels[int(scores[0].argmax())],
+            "labels": list(signature.labels),
+            "probabilities": scores[0].tolist(),
+        }
+        return JSONResponse({**told, **signature.extra}, headers=headers)
+    body, own = oip.encode_response(
+        [(oip.Tensor(oip.OUTPUT, scores), call.form == "binary")],
+        model_name=signature.model_name,
+        model_version=signature.model_version,
+        request_id=call.id,
+        parameters=dict(signature.parameters),
+    )
+    return Response(body, headers={**headers, **own})
+
+
+async def _uploaded(request: Request) -> bytes:
+    """The content of the form's file."""
+    try:
+        async with request.form(max_files=1, max_fields=8) as form:
+            file = form.get(_FIELD)
+            if not isinstance(file, UploadFile):
+                raise InvalidInput(f"the form needs a file in the field {_FIELD!r}")
+            return await file.read()
+    except ClientDisconnect as error:
+        raise InvalidInput("the connection ended before the body did") from error
+
+
+def _image_call(data: bytes, shape: tuple[int, int, int]) -> Call:
+    channels, height, width = shape
+    return Call(decode_image(data, channels=channels, size=(height, width))[None], "image")
+
+
+def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, int]) -> Call:
+    request = oip.decode_request(body, json_length, raw=oip.RawInput(oip.INPUT, (1, *shape)))
+    form: Literal["json", "binary"] = "binary" if request.binary(oip.OUTPUT) else "json"
+    if len(request.inputs) != 1:
+        raise InvalidInput(f"the model takes one input, not {len(request.inputs)}")
+    tensor = request.inputs[0]
+    expected = f"[N, {', '.join(map(str, shape))}] with N at least 1"
+    if tensor.array.ndim != 4 or tensor.array.shape[1:] != shape or not len(tensor.array):
+        raise InvalidInput(f"{tensor.name!r}: expected shape {expected}, got {list(tensor.array.shape)}")
+    return Call(_as_images(tensor), form, request.id)
+
+
+def _as_images(tensor: oip.Tensor) -> npt.NDArray[np.float32]:
+    """float32 images: integers are levels of [0,1], floating-point values are taken as they are."""
+    if tensor.datatype in _LEVELS:
+        return tensor.array.astype(np.float32) / np.float32(_LEVELS[tensor.datatype])
+    if tensor.array.dtype.kind != "f":
+        raise InvalidInput(f"{tensor.name!r}: images are FP16, FP32, FP64, UINT8 or UINT16, not {tensor.datatype}")
+    with np.errstate(over="ignore"):
+        images = tensor.array.astype(np.float32, copy=False)
+    if not np.isfinite(images).all():
+        raise InvalidInput(f"{tensor.name!r} contains values that are not finite")
+    return images

@@ -1,0 +1,106 @@
+"""The one HTTP client of a victim or a gateway: `AsyncVictimClient` for asyncio, `HTTPVictim` for everyone else."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import torch
+
+from services.protocol.async_client import AsyncVictimClient
+
+__all__ = ["AsyncVictimClient", "HTTPVictim"]
+
+_T = TypeVar("_T")
+
+
+class HTTPVictim:
+    """`AsyncVictimClient` for code without an event loop: its own loop runs in a daemon thread until `close`.
+
+    May be called from several threads. The arguments are those of `AsyncVictimClient`; `on_resend` is called in the
+    loop's thread, while the call that it belongs to waits.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        batch: int = 256,
+        in_flight: int = 4,
+        timeout_s: float = 60.0,
+        patience_s: float = 0.0,
+        on_resend: Callable[[int], None] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Starts the thread; opens no connection yet."""
+        self._client = AsyncVictimClient(
+            urls,
+            batch=batch,
+            in_flight=in_flight,
+            timeout_s=timeout_s,
+            patience_s=patience_s,
+            on_resend=on_resend,
+            transport=transport,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http-victim", daemon=True)
+        self._thread.start()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The victim's scores.
+
+        Args:
+            images: (N,C,H,W), on any device.
+
+        Returns:
+            (N,K) float32, finite, on the device of the images, without a gradient.
+
+        Raises:
+            ServiceError: as `AsyncVictimClient.infer`.
+        """
+        scores = self._run(self._client.infer(_to_numpy(images)))
+        return torch.from_numpy(scores).to(images.device)
+
+    def describe(self, image: torch.Tensor) -> dict[str, object]:
+        """The victim's JSON answer on one image (C,H,W), which travels as an 8-bit PNG."""
+        return self._run(self._client.describe(_to_numpy(image)))
+
+    def ready(self) -> bool:
+        """Whether any replica says that it is ready."""
+        return self._run(self._client.ready())
+
+    def close(self) -> None:
+        """Closes all connections and ends the thread; a second time does nothing."""
+        if self._loop.is_closed():
+            return
+        self._run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        """Nothing to prepare."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes all connections and ends the thread."""
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this victim's client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # also Ctrl-C: nothing may go on sending after the caller has left
+            future.cancel()
+            raise
+
+
+def _to_numpy(images: torch.Tensor) -> Any:
+    return images.detach().to("cpu", torch.float32).numpy()

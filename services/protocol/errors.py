@@ -1,0 +1,128 @@
+"""Errors of the services and of everyone who talks to them: one class a meaning, each with its HTTP status.
+
+ServiceError                  500
+├── InvalidInput              400  what was sent is malformed, or does not fit the model
+├── NotFound                  404  no such path or model
+├── TooLarge                  413  the body, or the image in it, is larger than allowed
+├── UnsupportedMedia          415  a media type or content encoding that is not spoken here
+├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
+├── Unsupported               501  a part of the protocol that is not implemented
+├── UpstreamUnreachable       502  the victim cannot be reached, or broke the connection
+├── UpstreamInvalid           502  the victim answered something that is no answer
+├── Unavailable               503  not ready; come back after `retry_after` seconds
+└── UpstreamTimeout           504  the victim did not answer in time
+
+Every error answer of both services is `{"error": message}` with the status of its class. The victim's client raises the
+same classes for the statuses that it receives (see `from_status`), so that a failure keeps its meaning over any number
+of hops.
+"""
+
+import math
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Root of all errors of the services.
+
+    Attributes:
+        status: the HTTP status that answers it.
+        message: what was wrong and what to do, fit to be shown to a client.
+        retry_after: seconds after which a client may try again; None where that is no remedy or the time is unknown.
+    """
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """Keeps the message, and when to come back."""
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, str]:
+        """The answer's JSON body."""
+        return {"error": self.message}
+
+    def headers(self) -> dict[str, str]:
+        """The answer's own headers."""
+        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
+
+
+class InvalidInput(ServiceError):  # noqa: N818 - the names say what happened; the root says that they are errors
+    """What was sent is malformed, or does not fit the model."""
+
+    status = 400
+
+
+class NotFound(ServiceError):  # noqa: N818
+    """No such path or model."""
+
+    status = 404
+
+
+class TooLarge(ServiceError):  # noqa: N818
+    """The body, or the image in it, is larger than allowed."""
+
+    status = 413
+
+
+class UnsupportedMedia(ServiceError):  # noqa: N818
+    """A media type or content encoding that is not spoken here."""
+
+    status = 415
+
+
+class Overloaded(ServiceError):  # noqa: N818
+    """Too much work is waiting already."""
+
+    status = 429
+
+
+class Unsupported(ServiceError):  # noqa: N818
+    """A part of the protocol that is not implemented."""
+
+    status = 501
+
+
+class UpstreamUnreachable(ServiceError):  # noqa: N818
+    """The victim cannot be reached, or broke the connection."""
+
+    status = 502
+
+
+class UpstreamInvalid(ServiceError):  # noqa: N818
+    """The victim answered something that is no answer: not 200, malformed, of the wrong shape, or not finite."""
+
+    status = 502
+
+
+class Unavailable(ServiceError):  # noqa: N818
+    """The service is not ready."""
+
+    status = 503
+
+
+class UpstreamTimeout(ServiceError):  # noqa: N818
+    """The victim did not answer in time."""
+
+    status = 504
+
+
+_BY_STATUS: dict[int, type[ServiceError]] = {
+    kind.status: kind
+    for kind in (
+        InvalidInput,
+        NotFound,
+        TooLarge,
+        UnsupportedMedia,
+        Overloaded,
+        Unsupported,
+        UpstreamUnreachable,
+        Unavailable,
+        UpstreamTimeout,
+    )
+}
+
+
+def from_status(status: int, message: str, *, retry_after: float | None = None) -> ServiceError:
+    """The error that an answer with this status means; one without a class of its own is `UpstreamInvalid`."""
+    return _BY_STATUS.get(status, UpstreamInvalid)(message, retry_after=retry_after)

@@ -1,0 +1,197 @@
+"""A client that we did not write speaks to the gateway, which speaks to a hospital: real sockets, real models."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
+import uvicorn
+from fastapi import FastAPI
+from torch import Tensor, nn
+
+from services.gateway.app import make_gateway
+from services.gateway.config import GatewaySettings
+from services.hospital.app import make_hospital
+from services.hospital.config import HospitalSettings
+from services.hospital.model import VictimConfig, build_victim
+
+CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
+IMAGES = np.random.default_rng(0).random((5, 1, 32, 32), dtype=np.float32)
+
+
+class Inverts(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return (1 - images).clamp(0, 1)
+
+
+def victim() -> nn.Module:
+    torch.manual_seed(0)
+    return build_victim(CONFIG).eval()
+
+
+def expected(images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return np.asarray(victim()(1 - torch.from_numpy(images)).softmax(dim=1))
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Serves an application from a thread; gives its host and port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Host and port of a gateway in front of a hospital."""
+    artifact: Any = SimpleNamespace(
+        sanitizer=Inverts(),
+        manifest=SimpleNamespace(
+            id="sha256-abc",
+            name="ours",
+            sigma=0.25,
+            queries_spent=1234,
+            labels=list(CONFIG.labels),
+            input=SimpleNamespace(channels=1, height=32, width=32),
+        ),
+    )
+    with ExitStack() as stack:
+        hospital = make_hospital(victim(), CONFIG, HospitalSettings(model="unused", device="cpu"))
+        upstream = stack.enter_context(listening(hospital))
+        settings = GatewaySettings(artifact="unused", victim_url=f"http://{upstream}", device="cpu", max_body_mb=1)
+        yield stack.enter_context(listening(make_gateway(artifact, settings)))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(url) as connected:
+        yield connected
+
+
+def tensor(module: Any, array: np.ndarray, datatype: str = "FP32", *, binary: bool = True) -> Any:
+    sent = module.InferInput("images", list(array.shape), datatype)
+    sent.set_data_from_numpy(array, binary_data=binary)
+    return sent
+
+
+def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("defended")
+    assert client.is_model_ready("defended", "1")
+    assert not client.is_model_ready("other")
+    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    metadata = client.get_model_metadata("defended")
+    assert metadata["inputs"][0] == {"name": "images", "datatype": "FP32", "shape": [-1, 1, 32, 32]}
+    assert metadata["outputs"][0]["shape"] == [-1, 3]
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False, None])
+def test_scores_in_every_combination_of_forms(
+    client: triton.InferenceServerClient, binary_in: bool, binary_out: bool | None
+) -> None:
+    outputs = None if binary_out is None else [triton.InferRequestedOutput("probabilities", binary_data=binary_out)]
+    result = client.infer(
+        "defended", [tensor(triton, IMAGES, binary=binary_in)], outputs=outputs, request_id="17", model_version="1"
+    )
+    scores = result.as_numpy("probabilities")
+    assert scores.dtype == np.float32
+    assert scores == pytest.approx(expected(IMAGES), rel=1e-4)
+    answer = result.get_response()
+    assert answer["id"] == "17"
+    assert answer["model_name"] == "defended"
+    assert answer["parameters"]["artifact_id"] == "sha256-abc"
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_compressed_requests(client: triton.InferenceServerClient, algorithm: str) -> None:
+    result = client.infer(
+        "defended",
+        [tensor(triton, IMAGES)],
+        request_compression_algorithm=algorithm,
+        response_compression_algorithm=algorithm,
+    )
+    assert result.as_numpy("probabilities") == pytest.approx(expected(IMAGES), rel=1e-4)
+
+
+def test_other_datatypes_of_images(client: triton.InferenceServerClient) -> None:
+    levels = np.random.default_rng(1).integers(0, 256, (2, 1, 32, 32), dtype=np.uint8)
+    same = {"UINT8": levels, "FP64": levels / 255.0, "FP16": (levels / 255).astype(np.float16)}
+    for datatype, array in same.items():
+        scores = client.infer("defended", [tensor(triton, array, datatype)]).as_numpy("probabilities")
+        assert scores == pytest.approx(expected(np.float32(levels / 255)), rel=1e-3)
+
+
+def test_errors_reach_the_client_with_their_words(client: triton.InferenceServerClient) -> None:
+    good = tensor(triton, IMAGES)
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("404", {"model_name": "other", "inputs": [good]}, "unknown model 'other'"),
+        ("400", {"model_name": "defended", "inputs": [tensor(triton, IMAGES[:, :, :8])]}, "expected shape"),
+        (
+            "400",
+            {"model_name": "defended", "inputs": [good], "outputs": [triton.InferRequestedOutput("logits")]},
+            "the only output is 'probabilities'",
+        ),
+        (
+            "413",
+            {"model_name": "defended", "inputs": [tensor(triton, np.zeros((300, 1, 32, 32), np.float32))]},
+            "larger",
+        ),
+        (
+            "501",
+            {"model_name": "defended", "inputs": [tensor(triton, np.array([b"x"], dtype=object), "BYTES")]},
+            "BYTES",
+        ),
+        (
+            "501",
+            {
+                "model_name": "defended",
+                "inputs": [good],
+                "outputs": [triton.InferRequestedOutput("probabilities", class_count=2)],
+            },
+            "classification",
+        ),
+    ]
+    for status, arguments, words in asked:
+        with pytest.raises(triton.InferenceServerException, match=words) as caught:
+            client.infer(**arguments)
+        assert status in caught.value.status()
+
+
+def test_several_requests_at_once(url: str) -> None:
+    with triton.InferenceServerClient(url, concurrency=4) as client:
+        asked = [client.async_infer("defended", [tensor(triton, IMAGES[i : i + 1])]) for i in range(5)]
+        scores = np.concatenate([one.get_result().as_numpy("probabilities") for one in asked])
+    assert scores == pytest.approx(expected(IMAGES), rel=1e-4)
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client(url: str) -> None:
+    async with triton_aio.InferenceServerClient(url) as client:
+        assert await client.is_server_ready()
+        assert await client.is_model_ready("defended")
+        assert (await client.get_model_metadata("defended"))["name"] == "defended"
+        for binary in (True, False):
+            result = await client.infer(
+                "defended",
+                [tensor(triton_aio, IMAGES, binary=binary)],
+                outputs=[triton_aio.InferRequestedOutput("probabilities", binary_data=binary)],
+            )
+            assert result.as_numpy("probabilities") == pytest.approx(expected(IMAGES), rel=1e-4)
+        with pytest.raises(triton.InferenceServerException, match="unknown model"):
+            await client.infer("other", [tensor(triton_aio, IMAGES)])

@@ -1,0 +1,149 @@
+"""The two services as people run them: as processes, on ports of their own choosing."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from defense.artifact import Provenance, save_artifact
+from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
+from services.hospital.model import VictimConfig, build_victim, save_victim
+from services.protocol.client import HTTPVictim
+from services.protocol.errors import UpstreamUnreachable
+from services.protocol.images import encode_png
+
+CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
+SHAPE = ImageShape(channels=1, height=32, width=32)
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `python -m <module> <arguments>` on a free port, gives the process and its URL, and ends it."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(module: str, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-m",
+                module,
+                "--port",
+                "0",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                *arguments,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise AssertionError(process.communicate()[1])
+        return process, line.split()[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    torch.manual_seed(0)
+    model = build_victim(CONFIG).eval()
+    save_victim(tmp_path / "victim", model, CONFIG)
+    return tmp_path / "victim", model
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> tuple[Path, Sanitizer]:
+    torch.manual_seed(1)
+    sanitizer = Sanitizer(SanitizerConfig(input=SHAPE, denoiser="dncnn-small", autoencoder=None)).eval()
+    save_artifact(
+        tmp_path / "defense",
+        sanitizer,
+        name="ours",
+        labels=list(CONFIG.labels),
+        sigma=0.25,
+        queries={"train": 7},
+        provenance=Provenance(
+            method="mse", estimator=None, data="noise", data_fingerprint="0", settings={}, versions={}, validation={}
+        ),
+    )
+    return tmp_path / "defense", sanitizer
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def stop(process: subprocess.Popen[str]) -> str:
+    """Ends a service as an init system does; gives what it wrote to stderr."""
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    return errors
+
+
+def test_hospital_and_gateway_answer_images_and_tensors_and_end_quietly(
+    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
+) -> None:
+    hospital, hospital_url = start("services.hospital", "--model", str(victim[0]))
+    gateway, gateway_url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url)
+    batch = images(300)
+    with torch.inference_mode():
+        bare, defended = victim[1](batch).softmax(1), victim[1](artifact[1](batch)).softmax(1)
+    for url, expected in ((hospital_url, bare), (gateway_url, defended)):
+        with HTTPVictim([url], batch=128) as client:
+            assert client.ready()
+            assert torch.allclose(client(batch), expected, atol=1e-5)
+            told = client.describe(batch[0])
+            assert told["labels"] == ["a", "b", "c"]
+            assert told["probabilities"] == pytest.approx(expected[0].tolist(), abs=0.01)
+        files = {"file": ("scan.png", encode_png(batch[0].numpy()), "image/png")}
+        response = httpx.post(f"{url}/predict", files=files)
+        assert response.json() == told
+    assert response.headers["X-Artifact-Id"] == response.json()["artifact"]["id"]
+    assert response.json()["artifact"]["queries_spent"] == 7
+    assert stop(gateway) == ""
+    assert stop(hospital) == ""
+
+
+def test_the_gateway_outlives_its_victim_and_says_what_is_wrong(
+    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
+) -> None:
+    hospital, hospital_url = start("services.hospital", "--model", str(victim[0]))
+    _, gateway_url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url)
+    with HTTPVictim([gateway_url]) as client:
+        assert client(images(2)).shape == (2, 3)
+        hospital.kill()
+        hospital.communicate()
+        with pytest.raises(UpstreamUnreachable, match="cannot be reached"):
+            client(images(2))
+        assert not client.ready()
+        assert httpx.get(f"{gateway_url}/v2/health/live").status_code == 200
+        start("services.hospital", "--model", str(victim[0]), "--port", hospital_url.rpartition(":")[2])
+        assert client(images(2)).shape == (2, 3)
+
+
+def test_bodies_beyond_the_bound_are_refused_over_a_socket(start: Start, victim: tuple[Path, torch.nn.Module]) -> None:
+    _, url = start("services.hospital", "--model", str(victim[0]), "--max-body-mb", "1")
+    for content in (b"x" * (2**20 + 1), iter([b"x" * 2**16] * 17)):
+        response = httpx.post(f"{url}/predict", content=content)
+        assert response.status_code == 413
+        assert set(response.json()) == {"error"}
+    assert httpx.get(f"{url}/v2/health/live").status_code == 200

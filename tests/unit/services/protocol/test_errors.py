@@ -1,0 +1,30 @@
+from services.protocol import errors
+from services.protocol.errors import Overloaded, ServiceError, UpstreamInvalid, from_status
+
+
+def subclasses() -> list[type[ServiceError]]:
+    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)]
+
+
+def test_the_tree_in_the_docstring_names_every_class_with_its_status() -> None:
+    assert errors.__doc__ is not None
+    drawn = [line.split() for line in errors.__doc__.splitlines()]
+    for kind in subclasses():
+        assert any(kind.__name__ in words and str(kind.status) in words for words in drawn), kind
+
+
+def test_statuses_round_trip_except_the_second_meaning_of_502() -> None:
+    for kind in subclasses():
+        if kind not in (ServiceError, UpstreamInvalid):
+            assert type(from_status(kind.status, "why")) is kind
+
+
+def test_a_status_without_a_class_is_an_invalid_answer() -> None:
+    for status in (301, 403, 418, 500):
+        assert type(from_status(status, "why")) is UpstreamInvalid
+
+
+def test_retry_after_is_answered_in_whole_seconds() -> None:
+    assert Overloaded("busy", retry_after=0.2).headers() == {"Retry-After": "1"}
+    assert Overloaded("busy").headers() == {}
+    assert Overloaded("busy").body() == {"error": "busy"}

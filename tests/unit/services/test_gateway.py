@@ -1,0 +1,297 @@
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from service_fakes import assert_error, scores_of, serving, tensor_request
+from torch import Tensor, nn
+
+from services.gateway.app import make_gateway
+from services.gateway.config import GatewaySettings
+from services.protocol import oip
+from services.protocol.images import decode_image, encode_png
+
+pytestmark = pytest.mark.anyio
+
+SIGNATURE = {"id": "sha256-abc", "name": "ours", "sigma": 0.25, "queries_spent": 1234}
+RNG = np.random.default_rng(0)
+
+
+class Inverts(nn.Module):
+    """A sanitizer that leaves unmistakable traces: every value becomes 1 - value, clipped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (1 - images).clamp(0, 1)
+
+
+class Answers(nn.Module):
+    """A sanitizer that returns what `function` says."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+class Upstream(httpx.AsyncBaseTransport):
+    """A victim that records every image it receives, and answers their means."""
+
+    def __init__(self, fails: Callable[[httpx.Request], httpx.Response] | None = None) -> None:
+        self.fails = fails
+        self.received: list[np.ndarray] = []
+        self.requests = 0
+        self.ready = 200
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(self.ready)
+        self.requests += 1
+        body = await request.aread()
+        images = oip.decode_request(body, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
+        self.received.extend(images)
+        if self.fails is not None:
+            return self.fails(request)
+        return scored(victim(images))
+
+
+def victim(images: np.ndarray) -> np.ndarray:
+    mean = images.mean(axis=(1, 2, 3), dtype=np.float32)
+    return np.stack([mean, 1 - mean], axis=1)
+
+
+def scored(scores: np.ndarray) -> httpx.Response:
+    outputs = [(oip.Tensor("probabilities", scores), True)]
+    body, headers = oip.encode_response(outputs, model_name="v", model_version="1")
+    return httpx.Response(200, content=body, headers=headers)
+
+
+@asynccontextmanager
+async def gateway(
+    upstream: Upstream,
+    sanitizer: nn.Module | None = None,
+    *,
+    labels: tuple[str, ...] = ("bright", "dark"),
+    **changes: Any,
+) -> AsyncIterator[httpx.AsyncClient]:
+    artifact: Any = SimpleNamespace(
+        sanitizer=Inverts() if sanitizer is None else sanitizer,
+        manifest=SimpleNamespace(
+            **SIGNATURE, labels=list(labels), input=SimpleNamespace(channels=1, height=8, width=6)
+        ),
+    )
+    settings = GatewaySettings(
+        **{"artifact": "unused", "victim_url": "http://victim", "device": "cpu", "max_delay_ms": 0, **changes}
+    )
+    async with serving(make_gateway(artifact, settings, transport=upstream)) as http:
+        yield http
+
+
+def images(count: int) -> np.ndarray:
+    return RNG.random((count, 1, 8, 6), dtype=np.float32)
+
+
+async def test_an_image_is_sanitized_forwarded_and_answered_with_the_artifact() -> None:
+    upstream = Upstream()
+    png = encode_png(images(1)[0])
+    clean = 1 - decode_image(png, channels=1, size=(8, 6))
+    async with gateway(upstream) as http:
+        for question in (
+            {"files": {"file": png}},
+            {"content": png, "headers": {"Content-Type": "image/png"}},
+        ):
+            response = await http.post("/predict", **question)
+            assert response.status_code == 200, response.text
+            told = response.json()
+            scores = victim(clean[None])[0]
+            assert told["probabilities"] == pytest.approx(scores.tolist())
+            assert told["label"] == ["bright", "dark"][int(scores.argmax())]
+            assert told["labels"] == ["bright", "dark"]
+            assert told["artifact"] == SIGNATURE
+            assert response.headers["X-Artifact-Id"] == "sha256-abc"
+    assert len(upstream.received) == 2
+    for received in upstream.received:
+        assert np.array_equal(received, clean)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/defended/infer", "/v2/models/defended/versions/1/infer"])
+async def test_tensors_are_sanitized_forwarded_and_answered_in_their_own_form(path: str) -> None:
+    upstream = Upstream()
+    batch = images(20) * 3 - 1  # noise beyond [0,1] is the sanitizer's own business
+    clean = (1 - batch).clip(0, 1)
+    async with gateway(upstream, max_batch=8, forward_batch=16) as http:
+        response = await http.post(path, **tensor_request(batch))
+        assert response.headers["X-Artifact-Id"] == "sha256-abc"
+        assert np.array_equal(scores_of(response), victim(clean))
+        head = json.loads(response.content[: int(response.headers[oip.HEADER])])
+        assert head["parameters"] == {
+            "artifact_id": "sha256-abc",
+            "artifact_name": "ours",
+            "sigma": 0.25,
+            "queries_spent": 1234,
+        }
+        assert upstream.requests == 2
+        assert np.array_equal(np.stack(upstream.received), clean)
+        data = [{"name": "x", "shape": [20, 1, 8, 6], "datatype": "FP32", "data": batch.tolist()}]
+        response = await http.post(path, json={"inputs": data})
+        assert response.headers["Content-Type"] == "application/json"
+        assert np.array_equal(scores_of(response), victim(clean))
+
+
+SICK: dict[str, Callable[[Tensor], Tensor]] = {
+    "raises": lambda images: images @ images.new_zeros(99, 99),
+    "nan": lambda images: images * float("nan"),
+    "above the range": lambda images: images * 0 + 1.01,
+    "below the range": lambda images: images * 0 - 0.01,
+    "another shape": lambda images: images[:, :, :4],
+    "too few": lambda images: images[1:],
+    "no tensor": lambda _images: torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("how", SICK)
+async def test_when_the_sanitizer_fails_nothing_is_forwarded(how: str) -> None:
+    upstream = Upstream()
+    async with gateway(upstream, Answers(SICK[how])) as http:
+        for question in (tensor_request(images(3)), {"files": {"file": encode_png(images(1)[0])}}):
+            response = await http.post("/predict", **question)
+            assert_error(response, 500)
+            assert response.json() == {"error": "internal error"}
+            assert "X-Artifact-Id" not in response.headers
+    assert upstream.requests == 0
+
+
+async def test_nothing_that_is_refused_is_forwarded() -> None:
+    upstream = Upstream()
+    bad = images(2)
+    bad[1, 0, 0, 0] = np.nan
+    async with gateway(upstream, max_body_mb=1) as http:
+        assert_error(await http.post("/predict", **tensor_request(bad)), 400, "not finite")
+        assert_error(await http.post("/predict", **tensor_request(bad[:, :, :4])), 400, "[N, 1, 8, 6]")
+        assert_error(await http.post("/predict", content=b"{"), 400)
+        assert_error(await http.post("/predict", files={"file": b"GIF89a"}), 415)
+        assert_error(await http.post("/predict", content=b"x" * 2**21), 413)
+        assert_error(await http.post("/v2/models/other/infer", **tensor_request(images(1))), 404, "'other'")
+        assert_error(await http.post("/v2/models/defended/versions/2/infer", **tensor_request(images(1))), 404, "'2'")
+        png = {"content": encode_png(images(1)[0]), "headers": {"Content-Type": "image/png"}}
+        assert_error(await http.post("/v2/models/defended/infer", **png), 415)
+    assert upstream.requests == 0
+
+
+def throws(error: Exception) -> httpx.Response:
+    raise error
+
+
+BUSY = {"Retry-After": "17"}
+OUTAGES: dict[str, tuple[Callable[[httpx.Request], httpx.Response], int]] = {
+    "429": (lambda _: httpx.Response(429, headers=BUSY, json={"error": "secret"}), 429),
+    "503": (lambda _: httpx.Response(503, headers=BUSY, json={"error": "secret"}), 503),
+    "502": (lambda _: httpx.Response(502), 502),
+    "504": (lambda _: httpx.Response(504), 504),
+    "refused": (lambda _: throws(httpx.ConnectError("secret")), 502),
+    "broken": (lambda _: throws(httpx.ReadError("secret")), 502),
+    "slow": (lambda _: throws(httpx.ReadTimeout("secret")), 504),
+    "400": (lambda _: httpx.Response(400, json={"error": "secret"}), 502),
+    "404": (lambda _: httpx.Response(404, json={"error": "secret"}), 502),
+    "413": (lambda _: httpx.Response(413, json={"error": "secret"}), 502),
+    "500": (lambda _: httpx.Response(500, json={"error": "secret"}), 502),
+    "garbage": (lambda _: httpx.Response(200, content=b"secret"), 502),
+    "nan": (lambda _: scored(np.full((2, 2), np.nan, np.float32)), 502),
+    "too few rows": (lambda _: scored(np.ones((1, 2), np.float32)), 502),
+    "too many labels": (lambda _: scored(np.ones((2, 3), np.float32)), 502),
+    "too few labels": (lambda _: scored(np.ones((2, 1), np.float32)), 502),
+}
+
+
+@pytest.mark.parametrize("how", OUTAGES)
+async def test_upstream_failures_keep_their_meaning_and_tell_nothing_of_the_inside(how: str) -> None:
+    fails, status = OUTAGES[how]
+    upstream = Upstream(fails)
+    async with gateway(upstream) as http:
+        response = await http.post("/predict", **tensor_request(images(2)))
+    assert_error(response, status)
+    assert "secret" not in response.text
+    assert "http://" not in response.text
+    assert response.headers.get("Retry-After") == (BUSY["Retry-After"] if status in (429, 503) else None)
+    assert upstream.requests == 1
+
+
+async def test_without_labels_in_the_artifact_classes_are_named_by_number() -> None:
+    async with gateway(Upstream(), labels=()) as http:
+        told = (await http.post("/predict", files={"file": encode_png(np.zeros((1, 8, 6), np.float32))})).json()
+        assert (told["label"], told["labels"], told["probabilities"]) == ("0", ["0", "1"], [1, 0])
+        assert (await http.get("/v2/models/defended")).json()["outputs"][0]["shape"] == [-1, -1]
+
+
+async def test_metadata_says_what_the_model_takes_and_answers() -> None:
+    async with gateway(Upstream()) as http:
+        server = (await http.get("/v2")).json()
+        assert server["extensions"] == ["binary_tensor_data"]
+        for path in ("/v2/models/defended", "/v2/models/defended/versions/1"):
+            told = (await http.get(path)).json()
+            assert told["name"] == "defended"
+            assert told["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 1, 8, 6]}]
+            assert told["outputs"] == [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 2]}]
+        for path in ("models/other", "models/defended/versions/7", "models/other/ready", "nothing"):
+            assert_error(await http.get(f"/v2/{path}"), 404)
+        assert_error(await http.get("/docs"), 404)
+
+
+async def test_the_model_name_is_a_setting() -> None:
+    async with gateway(Upstream(), model_name="tumors") as http:
+        assert (await http.get("/v2/models/tumors/ready")).status_code == 200
+        assert_error(await http.get("/v2/models/defended/ready"), 404, "'tumors'")
+
+
+@pytest.mark.parametrize("what", ["health", "models/defended", "models/defended/versions/1"])
+async def test_ready_only_while_the_victim_is(what: str) -> None:
+    path = f"/v2/{what}/ready"
+    upstream = Upstream()
+    async with gateway(upstream) as http:
+        assert (await http.get(path)).status_code == 200
+        upstream.ready = 503
+        assert_error(await http.get(path), 503)
+        assert (await http.get("/v2/health/live")).status_code == 200
+
+
+async def test_too_much_work_is_answered_429_also_while_the_victim_is_slow() -> None:
+    gate = asyncio.Event()
+
+    class Slow(Upstream):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await gate.wait()
+            return await super().handle_async_request(request)
+
+    async with gateway(Slow(), max_queue=8) as http:
+        waiting = [asyncio.create_task(http.post("/predict", **tensor_request(images(6)))) for _ in range(3)]
+        await asyncio.wait(waiting[1:])
+        for task in waiting[1:]:
+            assert_error(await task, 429, "6 images")
+        gate.set()
+        assert (await waiting[0]).status_code == 200
+
+
+async def test_concurrent_clients_get_their_own_answers() -> None:
+    async with gateway(Upstream(), max_batch=8, max_delay_ms=5, forward_batch=3) as http:
+
+        async def one(count: int) -> bool:
+            batch = images(count)
+            response = await http.post("/predict", **tensor_request(batch))
+            return np.array_equal(scores_of(response), victim(1 - batch))
+
+        assert all(await asyncio.gather(*(one(count) for count in range(1, 20))))
+
+
+@pytest.mark.parametrize(
+    ("value", "urls"),
+    [("http://a", ("http://a",)), ("http://a, http://b,", ("http://a", "http://b")), (["http://a"], ("http://a",))],
+)
+def test_victim_urls_are_given_one_by_one_or_separated_by_commas(value: object, urls: tuple[str, ...]) -> None:
+    assert GatewaySettings(**{"artifact": "x", "victim_url": value}).victim_url == urls

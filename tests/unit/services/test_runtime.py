@@ -1,0 +1,93 @@
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from services.gateway.__main__ import main as gateway
+from services.gateway.config import GatewaySettings
+from services.hospital.__main__ import main as hospital
+from services.hospital.config import HospitalSettings
+from services.protocol.errors import ServiceError
+from services.device import resolve_device
+from services.runtime import read_settings
+
+Main = Callable[[Sequence[str]], int]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (HospitalSettings, GatewaySettings):
+        for name in kind.model_fields:
+            monkeypatch.delenv(f"{kind.model_config['env_prefix']}{name.upper()}", raising=False)
+
+
+def test_flags_come_before_the_environment_and_that_before_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSPITAL_PORT", "1234")
+    monkeypatch.setenv("HOSPITAL_MAX_BATCH", "7")
+    settings = read_settings(HospitalSettings, ["--model", "here", "--port", "5678"])
+    assert (settings.port, settings.max_batch, settings.host) == (5678, 7, "127.0.0.1")
+    assert settings.max_body_bytes == settings.max_body_mb * 1024 * 1024
+
+
+def test_repeated_victim_urls_and_a_variable_with_commas_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ("http://a:1", "http://b:2")
+    flags = ["--artifact", "x", "--victim-url", urls[0], "--victim-url", urls[1]]
+    assert read_settings(GatewaySettings, flags).victim_url == urls
+    monkeypatch.setenv("GATEWAY_VICTIM_URL", ",".join(urls))
+    assert read_settings(GatewaySettings, flags[:2]).victim_url == urls
+
+
+@pytest.mark.parametrize("kind", [HospitalSettings, GatewaySettings])
+def test_every_setting_is_explained_in_the_help(
+    kind: type[HospitalSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_settings(kind, ["--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    for name, field in kind.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in told
+        assert field.description
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (hospital, [], "--model (or HOSPITAL_MODEL)"),
+        (hospital, ["--model", "nowhere", "--port", "many"], "--port (or HOSPITAL_PORT)"),
+        (gateway, ["--artifact", "nowhere"], "--victim-url (or GATEWAY_VICTIM_URL)"),
+        (gateway, ["--artifact", "nowhere", "--victim-url", ","], "--victim-url (or GATEWAY_VICTIM_URL)"),
+    ],
+)
+def test_wrong_settings_end_with_one_clear_line(
+    main: Main, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (hospital, ["--model", "nowhere"]),
+        (gateway, ["--artifact", "nowhere", "--victim-url", "http://h"]),
+    ],
+)
+def test_a_missing_model_ends_with_one_clear_line(
+    main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "nowhere" in told
+    assert told.count("\n") == 1
+
+
+def test_devices_that_are_not_here_are_refused() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ServiceError, match=name):
+            resolve_device(name)

@@ -1,0 +1,177 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from measuring_fakes import (
+    GATEWAY_URL,
+    VICTIM_URL,
+    Brightness,
+    FakeEndpoint,
+    bare,
+    connecting,
+    gateway,
+    splits,
+    victim_config,
+)
+
+from training import evaluate
+from training.results import Row, read_rows
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_victim", lambda _: (Brightness().eval(), victim_config()))
+    monkeypatch.setattr(evaluate, "load_splits", lambda *_, **__: splits())
+
+
+def run(
+    results: Path,
+    *more: str,
+    victim: FakeEndpoint | None = None,
+    defended: FakeEndpoint | None = None,
+    urls: bool = True,
+) -> int:
+    connect = connecting(victim=victim or bare(), gateway=defended or gateway())
+    gateways = ["--gateway", f"zo={GATEWAY_URL}"] if urls else []
+    argv = ["--victim-url", VICTIM_URL, *gateways, "--results", str(results), "--device", "cpu", *more]
+    return evaluate.main(argv, connect=connect)
+
+
+def value(
+    rows: Sequence[Row], defence: str, attack: str, epsilon: float | None = None, metric: str = "accuracy"
+) -> float:
+    wanted = [
+        row.value
+        for row in rows
+        if (row.defence, row.attack, row.metric) == (defence, attack, metric)
+        and (epsilon is None or row.epsilon == pytest.approx(epsilon))
+    ]
+    assert len(wanted) == 1
+    assert wanted[0] is not None
+    return wanted[0]
+
+
+@pytest.mark.usefixtures("world")
+def test_accuracy_with_and_without_the_gateway_is_what_the_closed_form_says(tmp_path: Path) -> None:
+    assert run(tmp_path / "r.json", "--attacks", "fgsm,pgd", "--epsilons-linf", "2,8") == 0
+    rows = read_rows(tmp_path / "r.json")
+    assert value(rows, "none", "none") == value(rows, "zo", "none") == 1.0
+    for attack in ("fgsm", "pgd"):
+        assert value(rows, "none", attack, 2 / 255) == 1.0  # the boundary is 4/255 away
+        assert value(rows, "none", attack, 8 / 255) == 0.0
+        assert value(rows, "zo", attack, 8 / 255) == 1.0  # the gateway gives 0.05 back
+
+
+@pytest.mark.usefixtures("world")
+def test_ddn_reports_its_median_norm_and_the_scaled_one_of_every_defence(tmp_path: Path) -> None:
+    assert run(tmp_path / "r.json", "--attacks", "ddn") == 0
+    rows = read_rows(tmp_path / "r.json")
+    boundary = 4 / 255 * 4  # L2: the mean moves by 4/255 in all 16 pixels
+    assert value(rows, "none", "ddn") == 0.0
+    assert value(rows, "zo", "ddn") == 1.0
+    assert value(rows, "none", "ddn", metric="median_l2") == pytest.approx(boundary, rel=0.1)
+    assert value(rows, "none", "ddn", metric="median_l2_scaled") == pytest.approx(boundary, rel=0.1)
+    assert value(rows, "zo", "ddn", metric="median_l2_scaled") == pytest.approx(boundary + 0.05 * 4, rel=0.1)
+    assert not [row for row in rows if row.defence == "zo" and row.metric == "median_l2"]
+
+
+@pytest.mark.usefixtures("world")
+def test_rows_say_everything_about_themselves(tmp_path: Path) -> None:
+    run(tmp_path / "r.json", "--attacks", "pgd-l2", "--epsilons-l2", "0.5", "--seed", "3", "--limit", "8")
+    clean, _, attacked, defended = read_rows(tmp_path / "r.json")
+    assert (clean.attack, clean.norm, clean.epsilon, clean.defence) == ("none", "none", None, "none")
+    assert (attacked.attack, attacked.norm, attacked.epsilon) == ("pgd-l2", "l2", 0.5)
+    assert (attacked.dataset, attacked.task, attacked.split) == ("toy", "classification", "test")
+    assert (attacked.n, attacked.seed, attacked.queries) == (8, 3, 0)
+    assert (defended.defence, defended.queries) == ("zo", 4321)
+    assert (clean.low, clean.high) == (1.0, 1.0)
+
+
+@pytest.mark.usefixtures("world")
+def test_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "r.json", "--attacks", "fgsm", "--epsilons-linf", "8")
+    out = capsys.readouterr().out
+    assert "toy, test, 12 images; oblivious attacks" in out
+    assert "none     100.0    0.0        0\nzo       100.0  100.0    4,321\n" in out
+
+
+@pytest.mark.usefixtures("world")
+def test_runs_without_any_gateway_and_on_the_validation_split(tmp_path: Path) -> None:
+    assert run(tmp_path / "r.json", "--attacks", "fgsm", "--split", "validation", urls=False) == 0
+    rows = read_rows(tmp_path / "r.json")
+    assert {row.defence for row in rows} == {"none"}
+    assert {(row.split, row.n) for row in rows} == {("validation", 2)}
+
+
+@pytest.mark.usefixtures("world")
+def test_weights_of_another_victim_are_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = FakeEndpoint(Brightness(threshold=0.9))
+    assert run(tmp_path / "r.json", victim=other) == 2
+    assert "disagree about 6 of 12 clean images" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.usefixtures("world")
+def test_undecided_images_are_no_reason_to_doubt_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = Brightness().eval()
+    torch.nn.init.constant_(flat.slope, 0.01)  # a margin of 0.0003 everywhere
+    monkeypatch.setattr(evaluate, "load_victim", lambda _: (flat, victim_config()))
+    assert run(tmp_path / "r.json", "--attacks", "fgsm", victim=FakeEndpoint(Brightness(threshold=0.9))) == 0
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gateway", f"zo={GATEWAY_URL}"], "a name of its own"),
+        (["--gateway", f"bare={VICTIM_URL}"], "--gateway bare needs a gateway"),
+        (["--victim-url", GATEWAY_URL], "must name the bare victim"),
+    ],
+)
+def test_urls_that_make_no_sense_are_clear_errors(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "r.json", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("world")
+def test_service_that_is_not_ready_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    down = gateway()
+    down.up = False
+    assert run(tmp_path / "r.json", defended=down) == 2
+    assert f"nothing is ready at {GATEWAY_URL}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("world")
+def test_victim_of_other_images_or_classes_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "load_victim", lambda _: (Brightness().eval(), victim_config(size=(32, 32))))
+    assert run(tmp_path / "r.json") == 2
+    assert "use --size 32 --channels 1" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "load_splits", lambda *_, **__: splits(names=("cat", "dog")))
+    assert run(tmp_path / "r.json") == 2
+    assert "the data has ['cat', 'dog']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--attacks", "cw"], ["--gateway", "http://x"], ["--gateway", "none=http://x"], ["--epsilons-linf", "-1"]],
+)
+def test_malformed_arguments_exit_with_code_2(more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "r.json", *more)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.usefixtures("world")
+def test_malformed_results_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("mine")
+    assert run(path, "--attacks", "fgsm", "--epsilons-linf", "1") == 2
+    assert path.read_text() == "mine"
+    assert "is not a results file" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""What every verb writes beside its result, so that it can be made again: settings and versions."""
+
+import argparse
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import JsonValue
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, JsonValue]:
+    """The command's arguments as JSON values; paths as they were typed."""
+
+    def plain(value: object) -> JsonValue:
+        if isinstance(value, str | int | float | bool) or value is None:
+            return value
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"an argument of type {type(value).__name__} cannot be recorded")
+
+    return {name: plain(value) for name, value in vars(arguments).items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of the libraries that decide a result."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("zo-gateway", "torch", "torchvision", "numpy")},
+    }

@@ -1,0 +1,206 @@
+"""The results file: one row a measured number, and the tables that are printed from it.
+
+`results.json` is a JSON array of flat objects with the fields of `Row`, one object a line. Every verb that measures
+something adds its rows; a row that measures the same thing again replaces the older one.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from training.cli import UserError
+
+NO_DEFENCE = "none"
+"""The name of the bare victim in the column `defence`."""
+
+Statistic = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+"""(R,n) resampled values -> (R,) statistics."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number, and all that is needed to know what it means.
+
+    Attributes:
+        dataset: "brain_mri", "phantom" or a folder's name.
+        task: "classification".
+        split: "test" or "validation".
+        attack: A name of `defense.attacks.ATTACKS`, "none" for clean images, "certificate" for certified accuracy.
+        norm: "linf", "l2", or "none".
+        epsilon: Size of the perturbation, or certified radius, in units of [0,1]; None where there is no bound.
+        defence: Name of the defence; `NO_DEFENCE` for the bare victim.
+        metric: "accuracy", "certified_accuracy", "median_l2", "median_l2_scaled", ...
+        value: The number; a share for accuracies. None stands for "beyond everything tried" (an infinite median).
+        n: Images it was measured on.
+        queries: Victim queries spent to learn the defence; 0 for none.
+        seed: Seed of the command that measured it.
+        low: Lower end of the 95% bootstrap interval over the images; None where unknown or infinite.
+        high: Upper end of it.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    dataset: str
+    task: str
+    split: str
+    attack: str
+    norm: str
+    epsilon: float | None
+    defence: str
+    metric: str
+    value: float | None
+    n: int
+    queries: int
+    seed: int
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What the row measures: everything but the outcome and the number of images."""
+        return tuple(value for name, value in asdict(self).items() if name not in {"value", "n", "low", "high"})
+
+
+_ROWS = TypeAdapter(list[Row])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a results file; a file that does not exist has no rows.
+
+    Raises:
+        UserError: The file is no results file.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    try:
+        return _ROWS.validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path} is not a results file ({place + ': ' if place else ''}{first['msg']}); it was left as it is: "
+            "repair it, move it away, or name another file"
+        ) from error
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a results file, atomically; each replaces an older row of the same identity.
+
+    Raises:
+        UserError: There is a file at `path` already, and it is no results file. It is left as it is.
+    """
+    merged = {row.identity: row for row in [*read_rows(path), *rows]}
+    lines = (json.dumps(asdict(row), allow_nan=False) for row in merged.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write("[\n" + ",\n".join(lines) + "\n]\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | npt.NDArray[np.float64],
+    statistic: Statistic | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic over images.
+
+    Args:
+        values: (n,) one number an image, n >= 1; inf is allowed.
+        statistic: What to compute along the last axis; the mean when None.
+        level: Coverage, in (0,1).
+        resamples: Number R of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        (low, high), order statistics of the resampled ones, and so never interpolated towards inf.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("a bootstrap interval needs at least one value")
+    picks = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
+    drawn = array[picks]
+    statistics = drawn.mean(axis=1) if statistic is None else statistic(drawn)
+    tail = (1 - level) / 2
+    low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def finite(value: float) -> float | None:
+    """The value as a `Row` holds it: None when it is infinite."""
+    return value if math.isfinite(value) else None
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """An aligned plain-text table: one line a defence, one column an attack and size, under two lines of heads.
+
+    Accuracies are printed in percent, norms in units of [0,1]; "inf" means beyond everything tried, "-" not measured.
+    Columns and lines stand in the order in which they first appear in `rows`, clean accuracy first.
+    """
+    columns = list(dict.fromkeys(_column(row) for row in rows))
+    columns.sort(key=lambda column: column != _CLEAN)  # stable: only the clean column moves
+    cells = {(_line(row), _column(row)): _cell(row) for row in rows}
+    several_sets = len({(row.dataset, row.split, row.seed) for row in rows}) > 1
+    lines = [("defence", *(("data, seed",) if several_sets else ()), *(head for head, _ in columns), "queries")]
+    lines.append(("", *(("",) if several_sets else ()), *(below for _, below in columns), "spent"))
+    for line in dict.fromkeys(_line(row) for row in rows):
+        dataset, split, seed, defence, queries = line
+        where = (f"{dataset} {split}, {seed}",) if several_sets else ()
+        lines.append((defence, *where, *(cells.get((line, column), "-") for column in columns), f"{queries:,}"))
+    return align(lines, left=2 if several_sets else 1)
+
+
+def align(lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Pads cells to columns: the first `left` columns to the left, all others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    padded = (
+        (
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+_CLEAN = ("clean", "%")
+
+
+def _line(row: Row) -> tuple[str, str, int, str, int]:
+    return row.dataset, row.split, row.seed, row.defence, row.queries
+
+
+def _column(row: Row) -> tuple[str, str]:
+    if row.attack == "none" and row.metric == "accuracy":
+        return _CLEAN
+    head = "certified" if row.attack == "certificate" else row.attack
+    if row.epsilon is not None:
+        size = f"{row.epsilon * 255:g}/255" if row.norm == "linf" else f"{row.epsilon:g}"
+        return head, f"r={size}" if row.attack == "certificate" else size
+    return head, "%" if row.metric == "accuracy" else row.metric.replace("_", " ")
+
+
+def _cell(row: Row) -> str:
+    if row.value is None:
+        return "inf"
+    return f"{100 * row.value:.1f}" if row.metric.endswith("accuracy") else f"{row.value:.3f}"
