@@ -70,9 +70,9 @@ class WienerUNetDenoiser(nn.Module):
         width: Features of the U-Net at its first scale.
     """
 
-    def __init__(self, shape: tuple[int, int, int], components: int = 192, width: int = 24) -> None:
+    def __init__(self, shape: tuple[int, int, int], components: int, width: int = 24) -> None:
         super().__init__()
-        self.components = PrincipalComponents(shape, min(components, torch.Size(shape).numel() // 2))
+        self.components = PrincipalComponents(shape, components)
         self.body = FoldedUNet(2 * shape[0], shape[0], width)
 
     def filter(self, images: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class WienerUNetDenoiser(nn.Module):
         return denoised
 
 
-def build_denoiser(name: DenoiserName, shape: tuple[int, int, int]) -> nn.Module:
+def build_denoiser(name: DenoiserName, shape: tuple[int, int, int], components: int) -> nn.Module:
     """Makes a denoiser by name.
 
     Args:
@@ -99,10 +99,11 @@ def build_denoiser(name: DenoiserName, shape: tuple[int, int, int]) -> nn.Module
             convolutional part alone, for images that are not aligned. "dncnn": the published one, depth 17, width 64,
             for a GPU. "dncnn-small": depth 7, width 32.
         shape: (C, H, W) of the images.
+        components: Principal components of the Wiener filter; ignored by the others.
     """
     match name:
         case "wiener-unet":
-            return WienerUNetDenoiser(shape)
+            return WienerUNetDenoiser(shape, components)
         case "unet":
             return UNetDenoiser(shape[0])
         case "dncnn":

@@ -33,6 +33,7 @@ class SanitizerConfig(BaseModel):
     Attributes:
         input: Shape of the images.
         denoiser: See `defense.denoisers.build_denoiser`.
+        components: Principal components of the denoiser's Wiener filter; ignored by denoisers without one.
         autoencoder: See `defense.autoencoders.build_autoencoder`; None: the sanitizer is the denoiser alone.
         code: Numbers in the autoencoder's code; ignored without one.
     """
@@ -41,6 +42,7 @@ class SanitizerConfig(BaseModel):
 
     input: ImageShape
     denoiser: DenoiserName = "wiener-unet"
+    components: PositiveInt = 192
     autoencoder: AutoencoderName | None = "linear"
     code: PositiveInt = 256
 
@@ -61,7 +63,7 @@ class Sanitizer(nn.Module):
         super().__init__()
         self.config = config
         shape = config.input.dimensions
-        self.denoiser = build_denoiser(config.denoiser, shape)
+        self.denoiser = build_denoiser(config.denoiser, shape, config.components)
         self.autoencoder: Autoencoder | None = (
             None if config.autoencoder is None else build_autoencoder(config.autoencoder, shape, config.code)
         )

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Models here are tiny: a second thread would cost more in waiting than it saves in work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

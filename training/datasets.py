@@ -3,7 +3,7 @@
 Layouts: `Training/<class>/*` with `Testing/<class>/*`, or one folder a class; PNG and JPEG. `phantom` names the
 procedural set of `training.phantoms`.
 
-How the splits are made, by groups of near-duplicates (`training.duplicates`; lists that lie beside the images are not read):
+How the splits are made, by groups of near-duplicates (`training.duplicates`; lists beside the images are not read):
 
 - A `Testing` folder is the test split, all of it. Training images whose group touches it are dropped.
 - Without one, groups go 70 : 10 : 20 to training, validation and test, class by class.
@@ -33,6 +33,8 @@ from training.duplicates import duplicate_groups, thumbnails
 from training.phantoms import BRAIN_LABELS, brain_phantoms
 
 TRAIN, VALIDATION, TEST, DROPPED = 0, 1, 2, -1
+PHANTOM: Final = "phantom"
+"""What --data says for the procedural set."""
 
 _SUFFIXES: Final = (".png", ".jpg", ".jpeg")
 _THUMBNAIL_SOURCE: Final = 224  # pixels a side, 7 a box; thumbnails must not depend on --size
@@ -111,7 +113,7 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0) 
     Raises:
         UserError: The folder is missing, has no such layout, holds an unreadable image, or too few images of a class.
     """
-    if data == "phantom":
+    if data == PHANTOM:
         return _phantom_splits(size, channels, seed)
     root = Path(data)
     files, labels = _list_files(root)
@@ -121,8 +123,8 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0) 
     held_out = np.array([file.is_test for file in files])
     assignment = assign_splits(groups, targets, held_out if held_out.any() else None, seed)
     whole = ImageSet(images, torch.from_numpy(targets), tuple(file.name for file in files))
-    splits = [whole.subset(np.flatnonzero(assignment == split)) for split in (TRAIN, VALIDATION, TEST)]
-    for part, title in zip(splits, ("training", "validation", "test"), strict=True):
+    train, validation, test = (whole.subset(np.flatnonzero(assignment == split)) for split in (TRAIN, VALIDATION, TEST))
+    for part, title in ((train, "training"), (validation, "validation"), (test, "test")):
         for number in range(len(labels)):
             if not (part.labels == number).any():
                 raise UserError(
@@ -130,15 +132,22 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0) 
                     "are kept together; add distinct images of it"
                 )
     _log.info(
-        "%s: %d images in %d groups of near-duplicates; %d training, %d validation, %d test, %d dropped as duplicates of "
-        "test images or for disagreeing labels",
-        root.resolve().name,
+        "%s: %d images in %d groups of near-duplicates; %d training, %d validation, %d test, %d dropped as "
+        "duplicates of test images or for disagreeing labels",
+        dataset_name(data),
         len(files),
         groups.max() + 1,
-        *(len(part) for part in splits),
+        len(train),
+        len(validation),
+        len(test),
         int((assignment == DROPPED).sum()),
     )
-    return Splits(root.resolve().name, labels, *splits, fingerprint=_fingerprint(files, digests))
+    return Splits(dataset_name(data), labels, train, validation, test, _fingerprint(files, digests))
+
+
+def dataset_name(data: str) -> str:
+    """The name under which results of `--data data` go: the folder's own."""
+    return data if data == PHANTOM else Path(data).resolve().name
 
 
 def assign_splits(
@@ -260,6 +269,8 @@ def _phantom_splits(size: int, channels: int, seed: int) -> Splits:
     names = tuple(f"phantom-{seed}-{index:05d}" for index in range(len(labels)))
     whole = ImageSet(images, labels, names)
     ends = np.cumsum(_PHANTOM_COUNTS)
-    parts = [whole.subset(np.arange(end - count, end)) for end, count in zip(ends, _PHANTOM_COUNTS, strict=True)]
+    train, validation, test = (
+        whole.subset(np.arange(end - count, end)) for end, count in zip(ends, _PHANTOM_COUNTS, strict=True)
+    )
     fingerprint = hashlib.sha256((images * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
-    return Splits("phantom", BRAIN_LABELS, *parts, fingerprint=fingerprint)
+    return Splits(PHANTOM, BRAIN_LABELS, train, validation, test, fingerprint)

@@ -54,7 +54,7 @@ def duplicate_groups(thumbs: Tensor, threshold: float = THRESHOLD) -> npt.NDArra
         undefined, are near-duplicates of each other and of nothing else.
     """
     count = len(thumbs)
-    vectors = _unit_vectors(thumbs.reshape(count, -1))
+    vectors = _unit_vectors(thumbs.flatten(1))
     firsts, seconds = [], []
     for start in range(0, count, _BLOCK):
         rows = vectors[start : start + _BLOCK]

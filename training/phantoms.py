@@ -1,7 +1,7 @@
 """Procedural images to try the machinery on: brain-like slices of four classes, and polyp-like frames with masks.
 
-They are phantoms: ellipses, textures and blobs drawn from a random generator. They look enough like the real thing to need
-a trained network, and prove nothing about patients; a result on them says that the software works, no more.
+They are phantoms: ellipses, textures and blobs drawn from a random generator. They look enough like the real thing to
+need a trained network, and prove nothing about patients; a result on them says that the software works, no more.
 
 Every image has a generator of its own, seeded with (seed, index): an image does not depend on how many are drawn.
 """
@@ -156,8 +156,8 @@ def _draw_brains(draws: _Draws, labels: Tensor, noise: Tensor, textures: tuple[T
     image = draws.uniform(0.45, 0.85) * _inside(r - 1) * torch.ones_like(r)
     image = torch.lerp(image, draws.uniform(0.03, 0.1).expand_as(r), _inside(r - 0.94))
     image = torch.lerp(image, fluid.expand_as(r), _inside(r - 0.86))
-    image = torch.lerp(image, grey + 0.04 * fine, _inside(r - 0.82 + 0.25 * folds.clamp(min=0)))
-    image = torch.lerp(image, white + 0.03 * fine, _inside(r - 0.62 + 0.5 * folds, 0.05))
+    image = torch.lerp(image, grey + 0.03 * fine, _inside(r - 0.82 + 0.25 * folds.clamp(min=0)))
+    image = torch.lerp(image, white + 0.02 * fine, _inside(r - 0.62 + 0.5 * folds, 0.05))
     cleft = _inside(x.abs() - 0.015, 0.012) * _inside(r - 0.84) * (y < -0.35).float()
     image = torch.lerp(image, fluid.expand_as(r), 0.7 * cleft)
     spread, drop, thick = draws.uniform(0.1, 0.18), draws.uniform(-0.2, 0.05), draws.uniform(0.05, 0.12)
@@ -170,11 +170,11 @@ def _draw_brains(draws: _Draws, labels: Tensor, noise: Tensor, textures: tuple[T
     # Bright spots without meaning: two vessels anywhere in the brain, a sinus at the skull.
     for _ in range(2):
         where, out = draws.uniform(0, 2 * np.pi), draws.uniform(0.1, 0.75)
-        spot = torch.hypot(x - out * torch.cos(where), y - out * torch.sin(where)) - draws.uniform(0.02, 0.09)
-        image = image + draws.chance(0.6) * draws.uniform(0.1, 0.4) * _inside(spot)
+        spot = torch.hypot(x - out * torch.cos(where), y - out * torch.sin(where)) - draws.uniform(0.02, 0.07)
+        image = image + draws.chance(0.6) * draws.uniform(0.1, 0.3) * _inside(spot)
     where = draws.uniform(0, 2 * np.pi)
-    spot = torch.hypot(x - 0.86 * torch.cos(where), y - 0.86 * torch.sin(where)) - draws.uniform(0.04, 0.1)
-    image = image + draws.chance(0.5) * draws.uniform(0.1, 0.35) * _inside(spot)
+    spot = torch.hypot(x - 0.86 * torch.cos(where), y - 0.86 * torch.sin(where)) - draws.uniform(0.03, 0.08)
+    image = image + draws.chance(0.5) * draws.uniform(0.1, 0.25) * _inside(spot)
 
     # Glioma: swelling, rim, core.
     where, out = draws.uniform(0, 2 * np.pi), draws.uniform(0.2, 0.52)
@@ -182,26 +182,26 @@ def _draw_brains(draws: _Draws, labels: Tensor, noise: Tensor, textures: tuple[T
     distance = _blob(draws, u, v, draws.uniform(0.12, 0.3), draws.uniform(0.8, 1.2), 0.6)
     rim = torch.exp(-((distance / draws.uniform(0.03, 0.06)) ** 2))
     swelling = draws.uniform(0.03, 0.15) * torch.where(bright_fluid > 0, 1.0, -1.0)
-    lesion = swelling * _inside(distance - 0.12, 0.05) + draws.uniform(0.12, 0.4) * rim
+    lesion = swelling * _inside(distance - 0.12, 0.05) + draws.uniform(0.2, 0.5) * rim
     lesion = lesion - draws.uniform(0.02, 0.2) * _inside(distance + 0.04)
     image = image + glioma * lesion * _inside(r - 0.84)
 
     # Meningioma: even, based on the skull.
-    where, radius = draws.uniform(0, 2 * np.pi), draws.uniform(0.13, 0.34)
+    where, radius = draws.uniform(0, 2 * np.pi), draws.uniform(0.18, 0.36)
     out = 0.84 - radius * draws.uniform(0.3, 0.8)
     u, v = x - out * torch.cos(where), y - out * torch.sin(where)
     distance = _blob(draws, u, v, radius, draws.uniform(0.85, 1.15), 0.12)
-    image = image + meningioma * draws.uniform(0.12, 0.4) * _inside(distance) * _inside(r - 0.86)
+    image = image + meningioma * draws.uniform(0.22, 0.5) * _inside(distance) * _inside(r - 0.86)
 
     # Pituitary tumour: small, even, in the midline at the base.
     u, v = x - draws.uniform(-0.05, 0.05), y - draws.uniform(0.38, 0.6)
-    distance = _blob(draws, u, v, draws.uniform(0.08, 0.19), draws.uniform(0.85, 1.15), 0.15)
-    image = image + pituitary * draws.uniform(0.12, 0.4) * _inside(distance)
+    distance = _blob(draws, u, v, draws.uniform(0.1, 0.2), draws.uniform(0.85, 1.15), 0.15)
+    image = image + pituitary * draws.uniform(0.22, 0.5) * _inside(distance)
 
     # The scanner: bias field, gain, gamma, magnitude noise.
-    image = image.clamp(0, 1.2) * torch.exp(draws.uniform(0, 0.2) * broad)
-    image = (image * draws.uniform(0.6, 1.1)).clamp(0, 1) ** draws.uniform(0.75, 1.35)
-    level = draws.uniform(0.005, 0.03)
+    image = image.clamp(0, 1.2) * torch.exp(draws.uniform(0, 0.12) * broad)
+    image = (image * draws.uniform(0.7, 1.1)).clamp(0, 1) ** draws.uniform(0.75, 1.35)
+    level = draws.uniform(0.005, 0.025)
     return torch.hypot(image + level * noise, level * noise.roll((size // 2, size // 3), dims=(1, 2)))
 
 

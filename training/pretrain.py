@@ -36,6 +36,7 @@ SANITIZERS = ("denoiser", "denoiser+autoencoder")
 
 _BATCH = 64
 _LEARNING_RATE = 2e-3
+_COMPONENTS = 192  # of the Wiener filter, where there are enough images to tell them from noise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,13 +85,17 @@ def fit(arguments: argparse.Namespace, splits: Splits, out: Path) -> None:
     try:
         sanitizer = Sanitizer(
             SanitizerConfig(
-                input=shape, denoiser=arguments.denoiser, autoencoder=arguments.autoencoder, code=arguments.code
+                input=shape,
+                denoiser=arguments.denoiser,
+                components=min(_COMPONENTS, len(images) // 2, torch.Size(shape.dimensions).numel() // 2),
+                autoencoder=arguments.autoencoder,
+                code=arguments.code,
             )
         ).to(device)
         sanitizer.to(memory_format=torch.channels_last)
         _fit_components(sanitizer, images, generator)
     except ValueError as error:
-        raise cli.UserError(str(error)) from error
+        raise cli.UserError(f"{error}; choose a smaller --code, or --autoencoder conv") from error
     autoencoder = sanitizer.autoencoder
     assert autoencoder is not None  # the configuration names one
 

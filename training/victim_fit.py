@@ -4,7 +4,8 @@
     python -m training.victim_fit --data ../shared/data/brain_mri --out artifacts/victim
 
 Ordinary supervised training without any defence, on splits that no near-duplicate crosses. The epoch with the best
-validation accuracy is kept; the test images are classified once, at the end. Writes `model.safetensors` and `report.json`.
+validation accuracy is kept; the test images are classified once, at the end. Writes `model.safetensors` and
+`report.json`.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import copy
 import json
 import logging
 import math
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from typing import Any, Final, get_args
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from services.hospital.model import VictimConfig, build_victim, save_victim
 from training import cli
 from training.datasets import ImageSet, Splits, load_splits
+from training.provenance import settings_of, versions
 
 REPORT_NAME: Final = "report.json"
 
@@ -174,7 +174,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _configure(("first", "second"), settings)  # refuses bad settings before the images are read
     splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
     config = _configure(splits.labels, settings)
-    model = build_victim(config).to(device, memory_format=torch.channels_last)
+    model = build_victim(config).to(device).to(memory_format=torch.channels_last)
     best_epoch = fit(model, splits, epochs=arguments.epochs, seed=arguments.seed, device=device)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     scores = {title: score(model, parts[title], len(splits.labels), device) for title in ("validation", "test")}
@@ -183,16 +183,11 @@ def _run(arguments: argparse.Namespace) -> int:
         "fingerprint": splits.fingerprint,
         "config": config.model_dump(mode="json"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seed": arguments.seed,
-        "epochs": arguments.epochs,
+        "settings": settings_of(arguments),
         "best_epoch": best_epoch,
         "images": {title: len(part) for title, part in parts.items()},
         **{title: _score_report(result, splits.labels) for title, result in scores.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
     path = save_victim(arguments.out, model, config)

@@ -98,6 +98,7 @@ def make_gateway(
         max_delay_s=settings.max_delay_ms / 1000,
     )
     admission = Admission(settings.max_queue)
+    learned_labels: list[str] = []
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -105,6 +106,21 @@ def make_gateway(
             yield
 
     app = make_app("gateway", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
+
+    async def victims_labels(sanitized: Array, classes: int) -> list[str]:
+        """The victim's own names, asked for once; numbers where it gives none.
+
+        A sanitizer that was trained without any query does not know them.
+        """
+        if len(learned_labels) != classes:
+            try:
+                told = (await victim.describe(sanitized))["labels"]
+            except ServiceError:
+                told = None
+            if not isinstance(told, list) or len(told) != classes:
+                return [str(index) for index in range(classes)]
+            learned_labels[:] = map(str, told)
+        return learned_labels
 
     async def defend(call: Call) -> Response:
         with admission.admit(len(call.images)):
@@ -115,12 +131,10 @@ def make_gateway(
                 # What else the victim objects to (400, 413, ...) was said of the gateway's request, not the client's.
                 kind = type(error) if type(error) in _TOLD else UpstreamInvalid
                 raise kind(_TOLD[kind], retry_after=error.retry_after) from error
-        classes = scores.shape[1]
-        if not labels:  # a sanitizer that was trained without any query does not know them
-            return answer(call, scores, replace(signature, labels=[str(index) for index in range(classes)]))
-        if classes != len(labels):
-            raise UpstreamInvalid(f"the model answers {classes} scores; the artifact has {len(labels)} labels")
-        return answer(call, scores, signature)
+        names = labels or await victims_labels(sanitized[0], scores.shape[1])
+        if scores.shape[1] != len(names):
+            raise UpstreamInvalid(f"the model answers {scores.shape[1]} scores; the artifact has {len(names)} labels")
+        return answer(call, scores, replace(signature, labels=names))
 
     def check_model(name: str, version: str) -> None:
         if name != settings.model_name:

@@ -1,11 +1,10 @@
 """The hospital's classifier: torchvision's VGG, narrowed to the data, and its one file on disk.
 
-A victim directory holds `model.safetensors`: the weights, and in the header's metadata the configuration as JSON. Nothing that is
-loaded here can execute code.
+A victim directory holds `model.safetensors`: the weights, and in the header's metadata the configuration as JSON.
+Nothing that is loaded here can execute code.
 """
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from services.protocol.errors import ServiceError
@@ -116,16 +116,15 @@ def save_victim(directory: str | Path, model: nn.Module, config: VictimConfig) -
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     data = save(state, metadata={"format": FORMAT, "config": config.model_dump_json()})
     path = directory / FILE_NAME
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".model-", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -133,7 +132,8 @@ def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:
     """Reads a victim from its directory.
 
     Returns:
-        The module in evaluation mode, on the CPU, and its configuration.
+        The module, on the CPU, and its configuration. It is for answering, not for more training: in evaluation mode,
+        laid out channels last, with each batch normalisation folded into its convolution; about twice as fast.
 
     Raises:
         VictimFileError: The file is missing, no victim's file, or its weights do not fit its configuration.
@@ -159,7 +159,20 @@ def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:
         raise VictimFileError(f"{path} has a malformed configuration: {where}: {problem['msg']}") from error
     except RuntimeError as error:
         raise VictimFileError(f"{path} holds weights that do not fit its configuration {config}") from error
-    return model.eval(), config
+    return _folded(model.eval()).to(memory_format=torch.channels_last), config
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Folds the batch normalisations, in place; the function stays the same up to rounding."""
+    vgg = cast(VGG, cast(nn.Sequential, model)[1])
+    layers: list[nn.Module] = []
+    for layer in cast(nn.Sequential, vgg.features):
+        if isinstance(layer, nn.BatchNorm2d):
+            layers[-1] = fuse_conv_bn_eval(cast(nn.Conv2d, layers[-1]), layer)
+        else:
+            layers.append(layer)
+    vgg.features = nn.Sequential(*layers)
+    return model
 
 
 def _narrowed(channels: int, width: float) -> int:

@@ -49,12 +49,18 @@ class Upstream(httpx.AsyncBaseTransport):
         self.received: list[np.ndarray] = []
         self.requests = 0
         self.ready = 200
+        self.labels: list[str] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
             return httpx.Response(self.ready)
         self.requests += 1
         body = await request.aread()
+        if request.headers.get("Content-Type") == "image/png":
+            self.received.extend(decode_image(body, channels=1, size=(8, 6))[None])
+            if self.labels is None:
+                return httpx.Response(415, json={"error": "tensors only"})
+            return httpx.Response(200, json={"label": "", "labels": self.labels, "probabilities": []})
         images = oip.decode_request(body, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
         self.received.extend(images)
         if self.fails is not None:
@@ -223,7 +229,19 @@ async def test_upstream_failures_keep_their_meaning_and_tell_nothing_of_the_insi
     assert upstream.requests == 1
 
 
-async def test_without_labels_in_the_artifact_classes_are_named_by_number() -> None:
+async def test_without_labels_in_the_artifact_the_victim_is_asked_once_with_a_sanitized_image() -> None:
+    upstream = Upstream()
+    upstream.labels = ["day", "night"]
+    white = encode_png(np.ones((1, 8, 6), np.float32))
+    async with gateway(upstream, labels=()) as http:
+        for _ in range(2):
+            told = (await http.post("/predict", files={"file": white})).json()
+            assert (told["label"], told["labels"]) == ("night", ["day", "night"])
+    assert len(upstream.received) == 3  # two answers and one question for the names
+    assert all((image == 0).all() for image in upstream.received)
+
+
+async def test_without_labels_anywhere_classes_are_named_by_number() -> None:
     async with gateway(Upstream(), labels=()) as http:
         told = (await http.post("/predict", files={"file": encode_png(np.zeros((1, 8, 6), np.float32))})).json()
         assert (told["label"], told["labels"], told["probabilities"]) == ("0", ["0", "1"], [1, 0])

@@ -2,12 +2,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from services.device import resolve_device
 from services.gateway.__main__ import main as gateway
 from services.gateway.config import GatewaySettings
 from services.hospital.__main__ import main as hospital
 from services.hospital.config import HospitalSettings
 from services.protocol.errors import ServiceError
-from services.device import resolve_device
 from services.runtime import read_settings
 
 Main = Callable[[Sequence[str]], int]

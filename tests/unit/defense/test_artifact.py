@@ -1,0 +1,138 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from defense.artifact import MANIFEST_FILE, WEIGHTS_FILE, Provenance, load_artifact, save_artifact
+from defense.errors import ArtifactError
+from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
+
+PROVENANCE = Provenance(
+    method="zo-ae-ds",
+    estimator={"name": "rge", "directions": 20},
+    data="phantom",
+    data_fingerprint="0" * 64,
+    settings={"batch": 32},
+    versions={"torch": "2"},
+    validation={"agreement": 0.9},
+)
+
+
+@pytest.fixture
+def sanitizer() -> Sanitizer:
+    torch.manual_seed(0)
+    shape = ImageShape(channels=1, height=16, width=16)
+    module = Sanitizer(
+        SanitizerConfig(input=shape, denoiser="wiener-unet", components=20, autoencoder="linear", code=8)
+    )
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return module
+
+
+@pytest.fixture
+def saved(tmp_path, sanitizer):
+    save(tmp_path / "artifact", sanitizer)
+    return tmp_path / "artifact"
+
+
+def save(folder, sanitizer, **changes):
+    details = {"name": "ours", "labels": ["a", "b"], "sigma": 0.25, "queries": {"training": 7, "probe": 3}}
+    return save_artifact(folder, sanitizer, provenance=PROVENANCE, **{**details, **changes})
+
+
+def rewrite_manifest(folder, **changes):
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path, sanitizer):
+    manifest = save(tmp_path, sanitizer)
+    artifact = load_artifact(tmp_path)
+    images = torch.rand(3, 1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(artifact.sanitizer(images), sanitizer.eval()(images))
+    assert artifact.manifest == manifest
+    assert artifact.manifest.queries_spent == 10
+    assert artifact.manifest.input.dimensions == (1, 16, 16)
+    assert not artifact.sanitizer.training
+    assert not any(parameter.requires_grad for parameter in artifact.sanitizer.parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE]
+
+
+def test_the_id_follows_the_content(tmp_path, sanitizer):
+    first, again = save(tmp_path, sanitizer), save(tmp_path, sanitizer)
+    other_labels = save(tmp_path, sanitizer, labels=["a", "c"])
+    with torch.no_grad():
+        next(sanitizer.parameters()).add_(1)
+    other_weights = save(tmp_path, sanitizer)
+    assert first.id == again.id
+    assert len({first.id, other_labels.id, other_weights.id}) == 3
+
+
+def test_a_save_that_fails_leaves_the_old_artifact(saved, sanitizer, monkeypatch):
+    before = load_artifact(saved).manifest
+    with torch.no_grad():
+        next(sanitizer.parameters()).add_(1)
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(saved, sanitizer)
+    monkeypatch.undo()
+    assert load_artifact(saved).manifest == before
+    assert sorted(path.name for path in saved.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE]
+
+
+def flip_a_byte(folder):
+    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(data)
+
+
+def weights_of_nan(folder):
+    import hashlib
+
+    from defense.artifact import Manifest, _content_id
+
+    state = load_file(folder / WEIGHTS_FILE)
+    state["denoiser.body.tail.bias"][0] = float("nan")
+    save_file(state, folder / WEIGHTS_FILE)
+    sha = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text()).model_copy(
+        update={"weights_sha256": sha}
+    )
+    rewrite_manifest(folder, weights_sha256=sha, id=_content_id(manifest))
+
+
+def other_architecture(folder):
+    from defense.artifact import Manifest, _content_id
+
+    manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
+    manifest = manifest.model_copy(update={"architecture": manifest.architecture.model_copy(update={"code": 9})})
+    rewrite_manifest(folder, architecture=manifest.architecture.model_dump(), id=_content_id(manifest))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (flip_a_byte, "was altered: its SHA-256"),
+        (lambda folder: rewrite_manifest(folder, labels=["b", "a"]), "was altered: its id"),
+        (lambda folder: rewrite_manifest(folder, queries={"training": 0}), "was altered: its id"),
+        (lambda folder: rewrite_manifest(folder, sigma=-1), "malformed at sigma"),
+        (lambda folder: rewrite_manifest(folder, surprise=1), "malformed at surprise"),
+        (lambda folder: rewrite_manifest(folder, format="zo-gateway-artifact-0"), "malformed at format"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), "malformed at the whole"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "is no JSON"),
+        (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "holds no readable artifact"),
+        (lambda folder: (folder / MANIFEST_FILE).unlink(), "holds no readable artifact"),
+        (lambda folder: (folder / WEIGHTS_FILE).unlink(), "holds no readable artifact"),
+        (lambda folder: (folder / WEIGHTS_FILE).write_bytes(pickle.dumps({})), "was altered"),
+        (weights_of_nan, r"not finite, in denoiser\.body\.tail\.bias"),
+        (other_architecture, "does not fit the manifest's architecture"),
+    ],
+)
+def test_tampering_is_found_and_named(saved, tamper, message):
+    tamper(saved)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(saved)

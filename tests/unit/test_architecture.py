@@ -1,0 +1,50 @@
+"""The house's import rules, checked on the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FORBIDDEN = [
+    ("defense", ("services", "training")),
+    ("services/protocol", ("services.hospital", "services.gateway", "training", "defense")),
+    ("services/hospital", ("services.gateway", "training", "defense")),
+    ("services/gateway", ("services.hospital", "training")),
+    ("services", ("training",)),
+    ("training", ("services.gateway", "services.hospital.app", "services.hospital.config")),
+]
+MAY_KNOW_THE_VICTIM = {"victim_fit.py", "evaluate.py"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("package", "forbidden"), FORBIDDEN)
+def test_imports_run_one_way(package, forbidden):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            assert not any(name == other or name.startswith(f"{other}.") for other in forbidden), f"{path}: {name}"
+
+
+def test_only_the_victims_trainer_and_the_attacker_know_the_victim():
+    for path in (ROOT / "training").rglob("*.py"):
+        knows = any(name.startswith("services.hospital") for name in imports(path))
+        assert not knows or path.name in MAY_KNOW_THE_VICTIM, path
+
+
+def test_modules_stay_short():
+    for package in ("defense", "services", "training"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 300, path

@@ -1,0 +1,285 @@
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from defense.artifact import load_artifact
+from services.protocol.errors import UpstreamUnreachable
+from training import pretrain, zo_fit
+from training.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
+from training.datasets import ImageSet, Splits
+
+SIZE = 16
+LABELS = ["left", "right"]
+
+
+def half_images(count: int, seed: int) -> Tensor:
+    """Images that are brighter on one side, with a texture."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 + 0.1 * torch.rand(count, 1, SIZE, SIZE, generator=generator)
+    for image in images:
+        side = slice(0, SIZE // 2) if torch.rand((), generator=generator) < 0.5 else slice(SIZE // 2, SIZE)
+        image[..., side] += 0.05 + 0.15 * torch.rand((), generator=generator)
+    return images
+
+
+def image_set(count: int, seed: int) -> ImageSet:
+    # A trainer that looked at the labels would fail on these.
+    return ImageSet(half_images(count, seed), torch.full((count,), -99), tuple(map(str, range(count))))
+
+
+SPLITS = Splits("halves", tuple(LABELS), image_set(60, 0), image_set(20, 1), image_set(20, 2), "f" * 64)
+
+
+class Endpoint:
+    """A victim that compares the two sides, counts what it receives, and can fail after so many images."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.fails_after: int | None = None
+        self.answer = None
+        self.labels: object = LABELS
+        self.urls: list[str] = []
+
+    @contextmanager
+    def connect(self, urls, **_):
+        self.urls = urls
+        yield self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.fails_after is not None and self.received + len(images) > self.fails_after:
+            raise UpstreamUnreachable("the victim at http://victim/predict cannot be reached: gone")
+        self.received += len(images)
+        assert images.dtype == torch.float32
+        assert 0 <= images.min() <= images.max() <= 1 or len(images) == 16  # the probe steps out of the range
+        if self.answer is not None:
+            return self.answer(images)
+        difference = (images[..., : SIZE // 2] - images[..., SIZE // 2 :]).mean((1, 2, 3))
+        return torch.stack([30 * difference, -30 * difference], dim=1).softmax(1)
+
+    def describe(self, image: Tensor) -> dict[str, object]:
+        self.received += 1
+        return {"label": "left", "labels": self.labels, "probabilities": []}
+
+    def ready(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def endpoint() -> Endpoint:
+    return Endpoint()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "load_splits", lambda *_, **__: SPLITS)
+        assert pretrain.main(["--pretrain-steps", "60", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def fit(endpoint, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(zo_fit, "load_splits", lambda *_, **__: SPLITS)
+
+    def run(*arguments: str, out: str = "out") -> int:
+        common = ["--victim-url", "http://victim", "--pretrained", str(pretrained), "--batch", "4"]
+        quick = ["--directions", "3", "--validate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
+        return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
+
+    return run
+
+
+def test_the_artifact_accounts_for_every_image_the_victim_received(fit, endpoint, tmp_path):
+    assert fit("--max-queries", "600") == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.queries_spent == endpoint.received <= 600
+    assert set(manifest.queries) == {"probe", "targets", "training", "validation", "validation targets"}
+    assert manifest.queries["probe"] == 4 * 16 + 1
+    assert manifest.queries["validation targets"] == 20
+    assert manifest.queries["targets"] <= 60
+    assert manifest.labels == LABELS
+    assert manifest.provenance.method == "zo-ae-ds"
+    assert manifest.provenance.estimator == {
+        "name": "rge",
+        "directions": 3,
+        "mu": 0.005,
+        "sampling": "sphere",
+        "difference": "forward",
+    }
+    assert Journal.total(tmp_path / "out") == endpoint.received
+
+
+def test_no_step_begins_that_the_budget_cannot_pay_together_with_its_validation(fit, endpoint, tmp_path):
+    assert fit("--max-queries", "600") == 0
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    step = 4 * (1 + 3 + 1)
+    assert 600 - endpoint.received < step + 20
+    assert history[-1]["step"] == Checkpoint.load(tmp_path / "out").state["step"] > 5
+
+
+def test_the_best_validated_state_is_what_is_saved(fit, tmp_path):
+    # A learning rate that ruins the sanitizer: the pre-trained state has to win.
+    assert fit("--max-queries", "600", "--learning-rate", "0.5") == 0
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert history[0]["loss"] == min(entry["loss"] for entry in history)
+    assert load_artifact(tmp_path / "out").manifest.provenance.validation["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (["--estimator", "cge"], "zo-ae-ds"),
+        (["--estimator", "cge", "--difference", "forward"], "zo-ae-ds"),
+        (["--sampling", "orthonormal", "--difference", "central"], "zo-ae-ds"),
+        (["--sanitizer", "denoiser"], "zo-ds"),
+    ],
+)
+def test_every_method_trains(fit, tmp_path, arguments, method):
+    assert fit("--steps", "2", *arguments) == 0
+    assert load_artifact(tmp_path / "out").manifest.provenance.method == method
+
+
+def test_training_improves_what_it_validates(fit, tmp_path):
+    assert fit("--steps", "60", "--learning-rate", "0.001", "--directions", "8", "--mse-weight", "0") == 0
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert min(entry["loss"] for entry in history) < 0.97 * history[0]["loss"]
+
+
+def test_a_run_whose_victim_vanished_resumes_to_where_the_unbroken_run_ends(fit, endpoint, tmp_path, capsys):
+    assert fit("--steps", "6", out="unbroken") == 0
+    unbroken = endpoint.received
+    endpoint.received = 0
+    endpoint.fails_after = 180
+    assert fit("--steps", "6") == 2
+    error = capsys.readouterr().err
+    assert "cannot be reached: gone" in error
+    assert "Traceback" not in error
+    stopped_at = Checkpoint.load(tmp_path / "out").state["step"]
+    assert 0 < stopped_at < 6
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    endpoint.fails_after = None
+    assert fit("--steps", "6", "--resume") == 0
+
+    resumed, whole = (Checkpoint.load(tmp_path / name) for name in ("out", "unbroken"))
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(resumed.tensors[name], tensor), name
+    ledger = load_artifact(tmp_path / "out").manifest.queries
+    probes = 4 * 16 + 1
+    # The step that failed was booked and never answered; the second probe is the resumed run's own.
+    assert sum(ledger.values()) == Journal.total(tmp_path / "out") == unbroken + probes + ledger["lost"]
+    assert ledger["probe"] == 2 * probes
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(fit, endpoint, tmp_path):
+    assert fit("--max-queries", "400") == 0
+    before = Checkpoint.load(tmp_path / "out").state["step"]
+    assert fit("--max-queries", "700", "--resume") == 0
+    assert Checkpoint.load(tmp_path / "out").state["step"] > before
+    assert load_artifact(tmp_path / "out").manifest.queries_spent == endpoint.received <= 700
+
+
+def test_a_run_is_never_overwritten(fit, tmp_path, capsys):
+    assert fit("--steps", "1") == 0
+    before = (tmp_path / "out" / FILE_NAME).read_bytes()
+    assert fit("--steps", "1") == 2
+    assert "add --resume to continue it, or name another --out" in capsys.readouterr().err
+    assert (tmp_path / "out" / FILE_NAME).read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused_by_name(fit, capsys, tmp_path):
+    assert fit("--steps", "1") == 0
+    assert fit("--steps", "2", "--learning-rate", "0.01", "--resume") == 2
+    assert "learning_rate was 0.0003, is 0.01" in capsys.readouterr().err
+    assert fit("--resume", out="elsewhere") == 2
+    assert "no checkpoint to resume from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda images: torch.full((len(images), 2), float("nan")), "not finite"),
+        (lambda images: torch.full((len(images) - 1, 2), 0.5), "shape"),
+        (lambda images: torch.full((len(images), 2), 7.0), "no distribution"),
+        (lambda images: torch.full((len(images), 3), 1 / 3), "expected (4, 2)"),
+    ],
+)
+def test_a_victim_that_begins_to_answer_nonsense_stops_the_run_and_the_checkpoint_stays(
+    fit, endpoint, tmp_path, capsys, answer, message
+):
+    assert fit("--steps", "1") == 0
+    endpoint.answer = None
+    received = endpoint.received + 4 * 16 + 1  # sane through the resumed run's probe
+    sane = endpoint.__call__
+
+    def later(images: Tensor) -> Tensor:
+        if endpoint.received > received:
+            return answer(images)
+        endpoint.answer = None
+        scores = sane(images)
+        endpoint.received -= len(images)
+        endpoint.answer = later
+        return scores
+
+    endpoint.answer = later
+    assert fit("--steps", "3", "--resume") == 2
+    assert message in capsys.readouterr().err
+    assert Checkpoint.load(tmp_path / "out").state["step"] == 1
+
+
+@pytest.mark.parametrize("labels", [None, ["only one"], [1, 2]])
+def test_a_victim_whose_labels_do_not_fit_its_scores_is_refused(fit, endpoint, capsys, labels):
+    endpoint.labels = labels
+    assert fit("--steps", "1") == 2
+    assert "answers 2 scores, but names its classes" in capsys.readouterr().err
+
+
+def test_another_victim_behind_the_url_is_noticed_on_resuming(fit, endpoint, capsys):
+    assert fit("--steps", "1") == 0
+    endpoint.labels = ["day", "night"]
+    assert fit("--steps", "2", "--resume") == 2
+    assert "is it another model?" in capsys.readouterr().err
+
+
+def test_a_budget_too_small_for_anything_leaves_no_artifact(fit, endpoint, tmp_path, capsys):
+    assert fit("--max-queries", "70") == 2
+    assert "raise --max-queries" in capsys.readouterr().err
+    assert endpoint.received <= 70
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_pretrained_parts_that_do_not_fit_are_refused(fit, capsys):
+    assert fit("--sigma", "0.5") == 2
+    assert "was pre-trained for sigma 0.25, not 0.5" in capsys.readouterr().err
+
+
+def test_replicas_are_handed_to_the_client(fit, endpoint):
+    assert fit("--steps", "1", "--victim-url", "http://other") == 0
+    assert endpoint.urls == ["http://victim", "http://other"]
+
+
+def test_without_pretrained_parts_it_pretrains_first(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(zo_fit, "load_splits", lambda *_, **__: SPLITS)
+    arguments = ["--victim-url", "http://victim", "--pretrain-steps", "2", "--code", "8", "--steps", "1"]
+    quick = ["--batch", "2", "--directions", "1", "--device", "cpu"]
+    assert zo_fit.main([*arguments, *quick, "--out", str(tmp_path)], connect=endpoint.connect) == 0
+    assert load_artifact(tmp_path / "pretrained" / "denoiser").manifest.queries_spent == 0
+    assert (tmp_path / JOURNAL_NAME).exists()
+
+
+def test_pretraining_beats_doing_nothing_and_spends_nothing(pretrained):
+    manifest = load_artifact(pretrained / "denoiser").manifest
+    identity_psnr = 12.04  # of noise of 0.25
+    assert manifest.provenance.validation["psnr_sigma_0.25"] > identity_psnr + 6
+    assert manifest.provenance.method == "mse"
+    assert (manifest.queries_spent, manifest.labels) == (0, [])
+
+
+def test_images_too_few_for_the_components_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "load_splits", lambda *_, **__: SPLITS)
+    assert pretrain.main(["--code", "100", "--out", str(tmp_path)]) == 2
+    assert "100 principal components need more than 100 images, got 60" in capsys.readouterr().err
