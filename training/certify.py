@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from defense.smoothing import ABSTAIN, certify, largest_radius, linf_equivalent
 from training.cli import UserError, positive_float, positive_int, run
-from training.datasets import load_splits
+from training.datasets import load_data
 from training.measuring import (
     Connect,
     add_measuring_arguments,
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> in
 
 def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
     _warn_of_radii(arguments)
-    splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
+    splits = load_data(arguments)
     indices, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)
     path = arguments.out or Path("artifacts/certify") / f"{arguments.name}.jsonl"
     channels, height, width = chosen.images.shape[1:]

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from defense.errors import DefenseError
-from services.device import resolve_device as resolve_device
 from services.protocol.errors import ServiceError
 
 
@@ -43,7 +42,7 @@ def run(
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data, --size, --channels and --seed."""
+    """Adds --data, --size, --channels, --published-test and --seed."""
     parser.add_argument(
         "--data",
         default="phantom",
@@ -52,6 +51,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive_int, default=64, help="images are resized to SIZE x SIZE (default 64)")
     parser.add_argument(
         "--channels", type=int, choices=(1, 3), default=1, help="1: grey, the default; 3: red, green and blue"
+    )
+    parser.add_argument(
+        "--published-test",
+        action="store_true",
+        help="keep the Testing folder as the test split, and drop its near-duplicates from training "
+        "(default: all images are split anew, by groups of near-duplicates)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
 

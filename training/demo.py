@@ -62,6 +62,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         *("--size", str(arguments.size)),
         *("--channels", str(arguments.channels)),
         *("--seed", str(arguments.seed)),
+        *(["--published-test"] if arguments.published_test else []),
     ]
     pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
     max_queries = arguments.max_queries or (15_000 if is_phantom else 40_000)

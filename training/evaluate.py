@@ -30,7 +30,7 @@ from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
 from services.device import resolve_device
 from services.hospital.model import load_victim
 from training.cli import UserError, add_device_argument, run
-from training.datasets import load_splits
+from training.datasets import load_data
 from training.measuring import (
     Connect,
     Endpoint,
@@ -196,7 +196,7 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
         raise UserError("every --gateway needs a name of its own")
     model, config = load_victim(arguments.victim)
     model = model.to(device).eval()
-    splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
+    splits = load_data(arguments)
     _, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)
     if tuple(config.labels) != tuple(splits.labels):
         raise UserError(f"the victim knows the classes {list(config.labels)}, the data has {list(splits.labels)}")

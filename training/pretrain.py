@@ -26,7 +26,7 @@ from defense.objectives import denoising_loss
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from services.device import resolve_device
 from training import cli
-from training.datasets import Splits, load_splits
+from training.datasets import Splits, load_data
 from training.provenance import settings_of, versions
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
 
     def body(arguments: argparse.Namespace) -> int:
-        splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
+        splits = load_data(arguments)
         fit(arguments, splits, arguments.out)
         print(f"wrote {' and '.join(str(arguments.out / name) for name in SANITIZERS)}; victim queries spent: 0")
         return 0

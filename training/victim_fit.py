@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from services.device import resolve_device
 from services.hospital.model import VictimConfig, build_victim, save_victim
 from training import cli
-from training.datasets import ImageSet, Splits, load_splits
+from training.datasets import ImageSet, Splits, load_data
 from training.provenance import settings_of, versions
 
 REPORT_NAME: Final = "report.json"
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    device = cli.resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
     settings = {
         "channels": arguments.channels,
@@ -172,7 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "depth": arguments.depth,
     }
     _configure(("first", "second"), settings)  # refuses bad settings before the images are read
-    splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
+    splits = load_data(arguments)
     config = _configure(splits.labels, settings)
     model = build_victim(config).to(device).to(memory_format=torch.channels_last)
     best_epoch = fit(model, splits, epochs=arguments.epochs, seed=arguments.seed, device=device)

@@ -36,7 +36,7 @@ from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
 from training import cli, pretrain
 from training.checkpoint import FILE_NAME, Checkpoint, Journal, replace_file, resumed_ledger
-from training.datasets import Splits, load_splits
+from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.provenance import settings_of, versions
 from training.zo_trainer import FitSettings, Trainer, Validation
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) ->
 def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     out: Path = arguments.out
     checkpoint = _checkpoint_to_resume(arguments)
-    splits = load_splits(arguments.data, size=arguments.size, channels=arguments.channels, seed=arguments.seed)
+    splits = load_data(arguments)
     settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
     if checkpoint is not None:
         _refuse_other_settings(checkpoint.state["settings"], settings)

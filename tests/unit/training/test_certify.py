@@ -13,7 +13,7 @@ from training.results import read_rows
 
 @pytest.fixture(autouse=True)
 def _toy_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certify, "load_splits", lambda *_, **__: splits())
+    monkeypatch.setattr(certify, "load_data", lambda *_, **__: splits())
 
 
 def run(folder: Path, *more: str, endpoint: FakeEndpoint | None = None) -> int:

@@ -39,8 +39,8 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "pets"
 
 
-def load(folder: Path, seed: int = 0) -> tuple[set[str], set[str], set[str]]:
-    splits = load_splits(str(folder), size=32, seed=seed)
+def load(folder: Path, seed: int = 0, published_test: bool = False) -> tuple[set[str], set[str], set[str]]:
+    splits = load_splits(str(folder), size=32, seed=seed, published_test=published_test)
     return set(splits.train.names), set(splits.validation.names), set(splits.test.names)
 
 
@@ -67,7 +67,7 @@ def test_splits_follow_the_seed(plain: Path) -> None:
 
 
 def test_testing_folder_is_the_test_split_whole(published: Path) -> None:
-    train, validation, test = load(published)
+    train, validation, test = load(published, published_test=True)
     assert test == {f"Testing/{label}/{index}.png" for label in ("cat", "dog") for index in range(20, 25)}
     assert len(train) == 36
     assert len(validation) == 4
@@ -76,7 +76,7 @@ def test_testing_folder_is_the_test_split_whole(published: Path) -> None:
 def test_training_images_that_resemble_a_test_image_are_dropped(published: Path) -> None:
     write_image(published / "Testing" / "cat" / "copy.png", seed=3, gain=0.5)
     write_image(published / "Training" / "cat" / "again.png", seed=3, gain=0.7)
-    train, validation, test = load(published)
+    train, validation, test = load(published, published_test=True)
     assert "Testing/cat/copy.png" in test
     assert not {"Training/cat/03.png", "Training/cat/again.png"} & (train | validation)
 
@@ -196,3 +196,15 @@ def test_assignment_obeys_a_published_test_set(seed: int) -> None:
     touched = np.isin(groups, groups[held_out]) & ~held_out
     assert (assignment[touched] == DROPPED).all()
     assert set(assignment[~np.isin(groups, groups[held_out])]) == {TRAIN, VALIDATION}
+
+
+def test_a_testing_folder_is_pooled_with_the_rest_unless_it_is_asked_for(published: Path) -> None:
+    train, validation, test = load(published)
+    assert (len(train), len(validation), len(test)) == (36, 4, 10)
+    assert any(name.startswith("Testing/") for name in train | validation)
+    assert any(name.startswith("Training/") for name in test)
+
+
+def test_a_published_test_set_that_is_not_there_is_missed(plain: Path) -> None:
+    with pytest.raises(UserError, match="--published-test needs a Testing folder"):
+        load(plain, published_test=True)

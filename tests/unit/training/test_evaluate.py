@@ -22,7 +22,7 @@ from training.results import Row, read_rows
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "load_victim", lambda _: (Brightness().eval(), victim_config()))
-    monkeypatch.setattr(evaluate, "load_splits", lambda *_, **__: splits())
+    monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: splits())
 
 
 def run(
@@ -153,7 +153,7 @@ def test_victim_of_other_images_or_classes_is_a_clear_error(
     monkeypatch.setattr(evaluate, "load_victim", lambda _: (Brightness().eval(), victim_config(size=(32, 32))))
     assert run(tmp_path / "r.json") == 2
     assert "use --size 32 --channels 1" in capsys.readouterr().err
-    monkeypatch.setattr(evaluate, "load_splits", lambda *_, **__: splits(names=("cat", "dog")))
+    monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: splits(names=("cat", "dog")))
     assert run(tmp_path / "r.json") == 2
     assert "the data has ['cat', 'dog']" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> Splits:
     whole = ImageSet(images, labels, tuple(map(str, range(80))))
     parts = [whole.subset(range(first, last)) for first, last in ((0, 48), (48, 64), (64, 80))]
     tiny = Splits("phantom", BRAIN_LABELS, *parts, fingerprint="f" * 64)
-    monkeypatch.setattr(victim_fit, "load_splits", lambda data, **_: tiny)
+    monkeypatch.setattr(victim_fit, "load_data", lambda _: tiny)
     return tiny
 
 

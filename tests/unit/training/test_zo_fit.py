@@ -76,14 +76,14 @@ def endpoint() -> Endpoint:
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "load_splits", lambda *_, **__: SPLITS)
+        patch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
         assert pretrain.main(["--pretrain-steps", "60", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture
 def fit(endpoint, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(zo_fit, "load_splits", lambda *_, **__: SPLITS)
+    monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: SPLITS)
 
     def run(*arguments: str, out: str = "out") -> int:
         common = ["--victim-url", "http://victim", "--pretrained", str(pretrained), "--batch", "4"]
@@ -263,7 +263,7 @@ def test_replicas_are_handed_to_the_client(fit, endpoint):
 
 
 def test_without_pretrained_parts_it_pretrains_first(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(zo_fit, "load_splits", lambda *_, **__: SPLITS)
+    monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: SPLITS)
     arguments = ["--victim-url", "http://victim", "--pretrain-steps", "2", "--code", "8", "--steps", "1"]
     quick = ["--batch", "2", "--directions", "1", "--device", "cpu"]
     assert zo_fit.main([*arguments, *quick, "--out", str(tmp_path)], connect=endpoint.connect) == 0
@@ -280,6 +280,6 @@ def test_pretraining_beats_doing_nothing_and_spends_nothing(pretrained):
 
 
 def test_images_too_few_for_the_components_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "load_splits", lambda *_, **__: SPLITS)
+    monkeypatch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
     assert pretrain.main(["--code", "100", "--out", str(tmp_path)]) == 2
     assert "100 principal components need more than 100 images, got 60" in capsys.readouterr().err
