@@ -89,8 +89,9 @@ def zo_fit(hospital: Hospital, pretrained: Path, tmp_path: Path) -> Iterator[Cal
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def step_of(out: Path) -> int:
