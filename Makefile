@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= phantom
 OUT ?= artifacts
-CODE := defense services training tests
+CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format clean

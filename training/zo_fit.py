@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     method.add_argument("--mu", type=cli.positive_float, default=0.005, help="step, in L2 norm (default 0.005)")
     method.add_argument("--batch", type=cli.positive_int, default=32, help="images an optimiser step (default 32)")
-    method.add_argument("--learning-rate", type=cli.positive_float, default=3e-4, help="Adam's (default 3e-4)")
+    method.add_argument("--learning-rate", type=cli.positive_float, default=3e-5, help="Adam's (default 3e-5)")
     method.add_argument("--mse-weight", type=float, default=50.0, help="weight of the MSE term (default 50; 0: none)")
     method.add_argument("--clip", type=cli.positive_float, default=1.0, help="bound on the gradient norm (default 1)")
     method.add_argument("--steps", type=cli.positive_int, help="at most so many steps; default: the budget decides")

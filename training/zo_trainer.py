@@ -127,7 +127,7 @@ class Trainer:
                 self.save_checkpoint()
             while self.settings.steps is None or self.step < self.settings.steps:
                 self._require_budget()
-                on_step(self._train_step())
+                on_step(self.train_step())
                 if self.step % self.settings.validate_every == 0:
                     self._validate()
                 if self.step % self.settings.checkpoint_every == 0:
@@ -196,7 +196,8 @@ class Trainer:
                 f"another step with its validation may need {a_step + len(self.validation_images)}"
             )
 
-    def _train_step(self) -> float:
+    def train_step(self) -> float:
+        """One optimiser step; returns the mean stability loss of its batch before it."""
         index = torch.randint(len(self.images), (self.settings.batch,), generator=self._generator)
         clean = self.images[index].to(self._device)
         targets = self._known_targets(self._targets, index, self.images, "targets")

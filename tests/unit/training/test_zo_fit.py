@@ -194,7 +194,7 @@ def test_a_run_is_never_overwritten(fit, tmp_path, capsys):
 def test_resuming_with_other_settings_is_refused_by_name(fit, capsys, tmp_path):
     assert fit("--steps", "1") == 0
     assert fit("--steps", "2", "--learning-rate", "0.01", "--resume") == 2
-    assert "learning_rate was 0.0003, is 0.01" in capsys.readouterr().err
+    assert "learning_rate was 3e-05, is 0.01" in capsys.readouterr().err
     assert fit("--resume", out="elsewhere") == 2
     assert "no checkpoint to resume from" in capsys.readouterr().err
 

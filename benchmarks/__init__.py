@@ -1,0 +1,1 @@
+"""Measurements of the project's own speed, as ratios within one run."""
