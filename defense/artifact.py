@@ -1,12 +1,12 @@
-"""The sanitizer on disk: `model.safetensors` and `manifest.json`, written whole or not at all, checked when read.
+"""The sanitizer on disk: `model-<hash>.safetensors` and `manifest.json`, whole or absent, checked when read.
 
-Nothing that is loaded here can execute code: weights are raw tensors, the manifest is validated JSON.
+The weights' file is named by its content and the manifest is renamed into place last, so that one rename switches from
+an old artifact to a new one. Nothing that is loaded here can execute code: weights are raw tensors, the manifest is
+validated JSON.
 """
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -19,9 +19,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from defense.errors import ArtifactError
+from defense.files import replace_file
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 
-WEIGHTS_FILE: Final = "model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 FORMAT: Final = "zo-gateway-artifact-1"
 
@@ -85,6 +85,11 @@ class Manifest(BaseModel):
         return self.architecture.input
 
     @property
+    def weights_file(self) -> str:
+        """Name of the file that holds the weights."""
+        return f"model-{self.weights_sha256[:16]}.safetensors"
+
+    @property
     def queries_spent(self) -> int:
         """All victim queries spent to learn it, in images."""
         return sum(self.queries.values())
@@ -136,16 +141,11 @@ def save_artifact(
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
     manifest = draft.model_copy(update={"id": _content_id(draft)})
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-    try:
-        (staging / WEIGHTS_FILE).write_bytes(weights)
-        (staging / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
-        # Weights first: torn between the two renames, the old manifest's hash refuses the new weights.
-        (staging / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
-        (staging / MANIFEST_FILE).replace(folder / MANIFEST_FILE)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    replace_file(folder / manifest.weights_file, weights)
+    replace_file(folder / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+    for older in folder.glob("model-*.safetensors"):
+        if older.name != manifest.weights_file:
+            older.unlink()
     return manifest
 
 
@@ -164,7 +164,6 @@ def load_artifact(path: str | Path) -> Artifact:
     folder = Path(path)
     try:
         manifest_text = (folder / MANIFEST_FILE).read_text()
-        weights = (folder / WEIGHTS_FILE).read_bytes()
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{folder} holds no readable artifact: {error}") from error
     try:
@@ -175,8 +174,13 @@ def load_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(f"{folder / MANIFEST_FILE} is malformed at {where}: {first['msg']}") from error
     except ValueError as error:
         raise ArtifactError(f"{folder / MANIFEST_FILE} is no JSON: {error}") from error
+    weights_path = folder / manifest.weights_file
+    try:
+        weights = weights_path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{folder} lacks the weights that its manifest names: {error}") from error
     if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
-        raise ArtifactError(f"{folder / WEIGHTS_FILE} was altered: its SHA-256 is not the one in the manifest")
+        raise ArtifactError(f"{weights_path} was altered: its SHA-256 is not the one in the manifest")
     if _content_id(manifest) != manifest.id:
         raise ArtifactError(f"{folder / MANIFEST_FILE} was altered: its id does not match its content")
     try:
@@ -184,8 +188,8 @@ def load_artifact(path: str | Path) -> Artifact:
         sanitizer = Sanitizer(manifest.architecture)
         sanitizer.load_state_dict(state)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS_FILE} does not fit the manifest's architecture: {error}") from error
-    _refuse_non_finite(state, folder)
+        raise ArtifactError(f"{weights_path} does not fit the manifest's architecture: {error}") from error
+    _refuse_non_finite(state, weights_path)
     return Artifact(sanitizer.eval().requires_grad_(False), manifest)
 
 
@@ -194,7 +198,7 @@ def _content_id(manifest: Manifest) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _refuse_non_finite(state: dict[str, Tensor], folder: Path) -> None:
+def _refuse_non_finite(state: dict[str, Tensor], path: Path) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ArtifactError(f"{folder / WEIGHTS_FILE} holds values that are not finite, in {key}")
+            raise ArtifactError(f"{path} holds values that are not finite, in {key}")

@@ -13,13 +13,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ImageShape(BaseModel):
-    """What an image is: (channels, height, width), float32 in [0, 1]."""
+    """What an image is: (channels, height, width), float32, and the range of its values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     channels: Literal[1, 3]
     height: PositiveInt
     width: PositiveInt
+    range: tuple[Literal[0], Literal[1]] = (0, 1)
 
     @property
     def dimensions(self) -> tuple[int, int, int]:

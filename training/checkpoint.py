@@ -5,6 +5,7 @@ line before every request leaves, so that after kill -9 the ledger still holds e
 after the last checkpoint, whose answers died with the process, are booked as "lost".
 """
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from defense.files import replace_file
 from training.cli import UserError
 
 FILE_NAME: Final = "checkpoint.safetensors"
@@ -39,7 +41,6 @@ class Checkpoint:
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint into `folder`, replacing an older one only when this one is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         data = save_tensors(tensors, metadata={_METADATA_KEY: json.dumps(self.state)})
         replace_file(folder / FILE_NAME, data)
@@ -60,16 +61,6 @@ class Checkpoint:
                 return cls(state, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is no checkpoint of zo_fit: {error}; name another --out") from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file whole: first under another name beside it, then renamed."""
-    staging = path.with_name(f".{path.name}.saving")
-    try:
-        staging.write_bytes(data)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -108,11 +99,19 @@ class Journal:
 
     Args:
         folder: The run's folder.
+
+    Raises:
+        UserError: Another run writes there: two ledgers would each allow the whole budget.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / JOURNAL_NAME).open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"another run is writing to {folder}: wait for it, or name another --out") from error
 
     def write(self, purpose: str, images: int) -> None:
         """Records that `images` are about to be sent."""
@@ -142,7 +141,11 @@ class Journal:
 
 
 def resumed_ledger(folder: Path, booked: dict[str, int]) -> dict[str, int]:
-    """What was really spent: the checkpoint's ledger, and as "lost" what the journal holds beyond it."""
+    """What was really spent: the checkpoint's ledger, and as "lost" what the journal holds beyond it.
+
+    Raises:
+        UserError: The journal is none, or records less than the checkpoint.
+    """
     lost = Journal.total(folder) - sum(booked.values())
     if lost < 0:
         raise UserError(

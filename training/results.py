@@ -6,7 +6,6 @@ something adds its rows; a row that measures the same thing again replaces the o
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from defense.files import replace_file
 from training.cli import UserError
 
 NO_DEFENCE = "none"
@@ -100,16 +100,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """
     merged = {row.identity: row for row in [*read_rows(path), *rows]}
     lines = (json.dumps(asdict(row), allow_nan=False) for row in merged.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write("[\n" + ",\n".join(lines) + "\n]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
 def bootstrap_interval(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from defense.files import replace_file
 from services.device import resolve_device
 from services.hospital.model import VictimConfig, build_victim, save_victim
 from training import cli
@@ -150,6 +151,15 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
     return best_epoch
 
 
+def data_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of the splits on which the victim in `folder` was trained; None where no report tells."""
+    try:
+        told = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return str(told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training.victim_fit", description="Train the black box.")
@@ -192,7 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - started, 1),
     }
     path = save_victim(arguments.out, model, config)
-    _write_report(arguments.out / REPORT_NAME, report)
+    replace_file(arguments.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
     _print_score(scores["test"], splits.labels)
     print(f"Written: {path} and {REPORT_NAME}, after {report['seconds']} s")
     return 0
@@ -213,12 +223,6 @@ def _score_report(result: Score, labels: Sequence[str]) -> dict[str, Any]:
         for label, correct, count in zip(labels, result.correct, result.count, strict=True)
     }
     return {"accuracy": result.accuracy, "loss": result.loss, "count": sum(result.count), "classes": classes}
-
-
-def _write_report(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _print_score(result: Score, labels: Sequence[str]) -> None:

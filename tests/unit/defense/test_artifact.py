@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from defense.artifact import MANIFEST_FILE, WEIGHTS_FILE, Provenance, load_artifact, save_artifact
+from defense.artifact import MANIFEST_FILE, Provenance, load_artifact, save_artifact
 from defense.errors import ArtifactError
+from defense.files import replace_file
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 
 PROVENANCE = Provenance(
@@ -43,6 +44,15 @@ def save(folder, sanitizer, **changes):
     return save_artifact(folder, sanitizer, provenance=PROVENANCE, **{**details, **changes})
 
 
+def files_of(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weights_of(folder):
+    (path,) = folder.glob("model-*.safetensors")
+    return path
+
+
 def rewrite_manifest(folder, **changes):
     path = folder / MANIFEST_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -59,7 +69,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, sanitizer):
     assert artifact.manifest.input.dimensions == (1, 16, 16)
     assert not artifact.sanitizer.training
     assert not any(parameter.requires_grad for parameter in artifact.sanitizer.parameters())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE]
+    assert artifact.manifest.input.range == (0, 1)
+    assert files_of(tmp_path) == [MANIFEST_FILE, manifest.weights_file]
 
 
 def test_the_id_follows_the_content(tmp_path, sanitizer):
@@ -72,22 +83,37 @@ def test_the_id_follows_the_content(tmp_path, sanitizer):
     assert len({first.id, other_labels.id, other_weights.id}) == 3
 
 
-def test_a_save_that_fails_leaves_the_old_artifact(saved, sanitizer, monkeypatch):
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_save_that_fails_leaves_the_old_artifact(saved, sanitizer, monkeypatch, written):
     before = load_artifact(saved).manifest
     with torch.no_grad():
         next(sanitizer.parameters()).add_(1)
-    monkeypatch.setattr("pathlib.Path.write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    calls = []
+
+    def fails_in_the_end(path, data):
+        calls.append(path)
+        if len(calls) > written:
+            raise OSError("disk full")
+        replace_file(path, data)
+
+    monkeypatch.setattr("defense.artifact.replace_file", fails_in_the_end)
     with pytest.raises(OSError, match="disk full"):
         save(saved, sanitizer)
-    monkeypatch.undo()
     assert load_artifact(saved).manifest == before
-    assert sorted(path.name for path in saved.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE]
+
+
+def test_a_new_artifact_replaces_the_old_one_and_its_weights(saved, sanitizer):
+    with torch.no_grad():
+        next(sanitizer.parameters()).add_(1)
+    manifest = save(saved, sanitizer)
+    assert load_artifact(saved).manifest == manifest
+    assert files_of(saved) == [MANIFEST_FILE, manifest.weights_file]
 
 
 def flip_a_byte(folder):
-    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    data = bytearray(weights_of(folder).read_bytes())
     data[-1] ^= 1
-    (folder / WEIGHTS_FILE).write_bytes(data)
+    weights_of(folder).write_bytes(data)
 
 
 def weights_of_nan(folder):
@@ -95,13 +121,15 @@ def weights_of_nan(folder):
 
     from defense.artifact import Manifest, _content_id
 
-    state = load_file(folder / WEIGHTS_FILE)
+    path = weights_of(folder)
+    state = load_file(path)
     state["denoiser.body.tail.bias"][0] = float("nan")
-    save_file(state, folder / WEIGHTS_FILE)
-    sha = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    save_file(state, path)
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text()).model_copy(
         update={"weights_sha256": sha}
     )
+    path.rename(folder / manifest.weights_file)
     rewrite_manifest(folder, weights_sha256=sha, id=_content_id(manifest))
 
 
@@ -126,8 +154,8 @@ def other_architecture(folder):
         (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "is no JSON"),
         (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "holds no readable artifact"),
         (lambda folder: (folder / MANIFEST_FILE).unlink(), "holds no readable artifact"),
-        (lambda folder: (folder / WEIGHTS_FILE).unlink(), "holds no readable artifact"),
-        (lambda folder: (folder / WEIGHTS_FILE).write_bytes(pickle.dumps({})), "was altered"),
+        (lambda folder: weights_of(folder).unlink(), "lacks the weights that its manifest names"),
+        (lambda folder: weights_of(folder).write_bytes(pickle.dumps({})), "was altered"),
         (weights_of_nan, r"not finite, in denoiser\.body\.tail\.bias"),
         (other_architecture, "does not fit the manifest's architecture"),
     ],

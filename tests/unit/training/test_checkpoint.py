@@ -26,7 +26,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     Checkpoint({"step": 1}, {"x": torch.zeros(1)}).save(tmp_path)
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         Checkpoint({"step": 2}, {"x": torch.zeros(1)}).save(tmp_path)
     assert Checkpoint.load(tmp_path).state == {"step": 1}

@@ -97,7 +97,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(
     def full_disk(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("training.results.os.fsync", full_disk)
+    monkeypatch.setattr("defense.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_rows(path, [CLEAN])
     assert read_rows(path) == [ROW]
