@@ -76,10 +76,11 @@ def sample_directions(
         return drawn.div_(dimension**0.5)
     if sampling == "sphere":
         return drawn.div_(drawn.norm(dim=2, keepdim=True))
-    # Q of a Gaussian matrix spans a uniformly random subspace; each column's sign follows LAPACK's convention, which
-    # the estimators do not notice: u and -u give the same term up to the curvature that differencing leaves.
+    # Q of a Gaussian matrix spans a uniformly random subspace, but LAPACK's convention fixes the columns' signs; left
+    # so, E[u] is not zero, and the curvature term of forward differences becomes a bias.
     orthonormal: Tensor = torch.linalg.qr(drawn.transpose(1, 2)).Q
-    return orthonormal.transpose(1, 2)
+    signs = 2.0 * torch.randint(2, (count, 1, directions), generator=generator) - 1
+    return (orthonormal * signs).transpose(1, 2)
 
 
 @dataclass(frozen=True)
