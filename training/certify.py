@@ -113,7 +113,7 @@ _LINE = TypeAdapter(Line)
 def open_output(path: Path, settings: Settings) -> dict[int, Line]:
     """Prepares an output file: begins it, or reads what an earlier run left.
 
-    A last line without its end (the earlier run was killed while it wrote) is cut off.
+    A last line without its end (the earlier run was killed while it wrote) is cut off; a first one begins anew.
 
     Returns:
         The lines that are there already, by index.
@@ -123,8 +123,9 @@ def open_output(path: Path, settings: Settings) -> dict[int, Line]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
-    if not content:
-        path.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
+    beginning = (json.dumps(asdict(settings)) + "\n").encode()
+    if beginning.startswith(content) and content != beginning:
+        path.write_bytes(beginning)
         return {}
     whole = content[: content.rfind(b"\n") + 1]
     header, *lines = whole.splitlines() or [b""]
@@ -143,10 +144,10 @@ def open_output(path: Path, settings: Settings) -> dict[int, Line]:
     return {line.index: line for line in done}
 
 
-def certified_accuracy(lines: Sequence[Line], radius: float) -> tuple[float, float, float]:
+def certified_accuracy(lines: Sequence[Line], radius: float, seed: int) -> tuple[float, float, float]:
     """Share of images answered right with at least `radius`, and its 95% bootstrap interval."""
     certified = np.array([line.correct and line.radius >= radius for line in lines], dtype=np.float64)
-    return float(certified.mean()), *bootstrap_interval(certified)
+    return float(certified.mean()), *bootstrap_interval(certified, seed=seed)
 
 
 def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:
@@ -232,7 +233,7 @@ def _noise_source(seed: int, index: int) -> torch.Generator:
 def _report(lines: Sequence[Line], radii: Sequence[float], settings: Settings) -> None:
     table = [("L2 radius", "L-inf /255", "certified %", "95% interval")]
     for radius in radii:
-        share, low, high = (100 * value for value in certified_accuracy(lines, radius))
+        share, low, high = (100 * value for value in certified_accuracy(lines, radius, settings.seed))
         linf = 255 * linf_equivalent(radius, settings.shape)
         table.append((f"{radius:g}", f"{linf:.3f}", f"{share:.1f}", f"{low:.1f}-{high:.1f}"))
     abstained = sum(line.prediction == ABSTAIN for line in lines)
@@ -246,7 +247,7 @@ def _report(lines: Sequence[Line], radii: Sequence[float], settings: Settings) -
 def _rows(lines: Sequence[Line], radii: Sequence[float], settings: Settings, queries: int) -> list[Row]:
     rows = []
     for radius in radii:
-        share, low, high = certified_accuracy(lines, radius)
+        share, low, high = certified_accuracy(lines, radius, settings.seed)
         rows.append(
             Row(
                 dataset=settings.dataset,
