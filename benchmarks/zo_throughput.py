@@ -10,8 +10,7 @@ threads as the hospital. Only the ratio is worth quoting: the machine decides th
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,7 +70,12 @@ def _measure(arguments: argparse.Namespace) -> int:
         scores: Tensor = model(images).softmax(1)
         return scores
 
-    with TemporaryDirectory() as folder, _hospital(arguments, Path(folder)) as url, HTTPVictim([url]) as over_http:
+    flags = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
+    with (
+        TemporaryDirectory() as folder,
+        service("services.hospital", flags, Path(folder) / "hospital.log") as url,
+        HTTPVictim([url]) as over_http,
+    ):
         kinds = {"in process": Timed(_with_threads(in_process, arguments.threads)), "over HTTP": Timed(over_http)}
         trainers = {kind: _trainer(victim, arguments, Path(folder) / kind) for kind, victim in kinds.items()}
         total = dict.fromkeys(kinds, 0.0)
@@ -92,13 +96,6 @@ def _measure(arguments: argparse.Namespace) -> int:
     wire = kinds["over HTTP"].seconds - kinds["in process"].seconds
     print(f"the wire (encoding, sockets, batching, decoding) is {wire / slow:.0%} of a step over HTTP")
     return 0
-
-
-@contextmanager
-def _hospital(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
-    flags = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
-    with service("services.hospital", flags, folder / "hospital.log") as url:
-        yield url
 
 
 def _with_threads(victim: Callable[[Tensor], Tensor], threads: int) -> Victim:

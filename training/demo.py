@@ -1,12 +1,14 @@
 """The main job, end to end, with real processes that talk HTTP: a black box, its defence, attacks, and one table.
 
     python -m training.demo --data phantom --out artifacts
-    python -m training.demo --data DIR --out artifacts --max-queries 100000
+    python -m training.demo --data DIR --out artifacts --max-queries 200000
 
-Run again after an interruption, it goes on where it stopped: whatever is finished below OUT/<data set> is used again.
+Run again after an interruption, it goes on where it stopped: whatever is finished below OUT/<data set> is used again;
+a larger --max-queries continues the learned defences.
 """
 
 import argparse
+import json
 import logging
 import shlex
 import signal
@@ -15,13 +17,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from defense.artifact import MANIFEST_FILE
+from defense.artifact import MANIFEST_FILE, load_artifact
+from defense.files import replace_file
 from training import cli, pretrain
-from training.checkpoint import FILE_NAME as CHECKPOINT_FILE
+from training.checkpoint import Journal
 from training.datasets import PHANTOM, dataset_name
-from training.processes import ProcessFailed, run_verb, service
+from training.processes import run_verb, service
+from training.victim_fit import REPORT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=cli.positive_int, help="of the victim (default: victim_fit's)")
     parser.add_argument("--pretrain-steps", type=cli.positive_int, help="default: 600 for phantoms, else 1200")
     parser.add_argument(
-        "--max-queries", type=cli.positive_int, help="for each defence; default: 15000 for phantoms, else 40000"
+        "--max-queries", type=cli.positive_int, help="for each defence; default: 15000 for phantoms, else 100000"
     )
     parser.add_argument(
         "--limit", type=cli.positive_int, help="test images attacked; default: 150 for phantoms, else 300"
@@ -56,72 +60,77 @@ def _demo(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     is_phantom = arguments.data == PHANTOM
     out = arguments.out / dataset_name(arguments.data)
-    out.mkdir(parents=True, exist_ok=True)
-    data = [
-        *("--data", arguments.data),
-        *("--size", str(arguments.size)),
-        *("--channels", str(arguments.channels)),
-        *("--seed", str(arguments.seed)),
-        *(["--published-test"] if arguments.published_test else []),
-    ]
-    pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
-    max_queries = arguments.max_queries or (15_000 if is_phantom else 40_000)
-    limit = arguments.limit or (150 if is_phantom else 300)
     log = out / "commands.log"
-    try:
-        with ExitStack() as stack:
-            victim = _victim(arguments, data, out, log)
-            hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
-            pretrained = _pretrained(data, pretrain_steps, out, log)
-            defences = {"mse": pretrained / "denoiser"}
-            for name, sanitizer in _METHODS.items():
-                defences[name] = out / name
-                resume = ["--resume"] if (out / name / CHECKPOINT_FILE).exists() else []
-                run_verb(
-                    "training.zo_fit",
-                    [
-                        *("--victim-url", hospital),
-                        *data,
-                        *("--pretrained", str(pretrained)),
-                        *("--sanitizer", sanitizer),
-                        *("--max-queries", str(max_queries)),
-                        *("--out", str(out / name)),
-                        *resume,
-                    ],
-                    log,
-                )
-            gateways: list[str] = []
-            for name, artifact in defences.items():
-                flags = ["--artifact", str(artifact), "--victim-url", hospital]
-                url = stack.enter_context(service("services.gateway", flags, out / f"gateway-{name}.log"))
-                gateways += ["--gateway", f"{name}={url}"]
-            results = arguments.out / "results.json"
-            run_verb(
-                "training.evaluate",
-                [
-                    *("--victim", str(victim)),
-                    *("--victim-url", hospital),
-                    *gateways,
-                    *data,
-                    *("--limit", str(limit)),
-                    *("--results", str(results)),
-                ],
-                log,
-            )
-    except ProcessFailed as error:
-        raise cli.UserError(str(error)) from error
-    _print_next_steps(victim, out, results, arguments, time.monotonic() - begun)
+    results = arguments.out / "results.json"
+    max_queries = arguments.max_queries or (15_000 if is_phantom else 100_000)
+    pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
+    data = _data_flags(arguments)
+    _claim(out, {"data": data, "epochs": arguments.epochs, "pretrain_steps": pretrain_steps})
+    with ExitStack() as stack:
+        victim = _victim(arguments.epochs, data, out, log)
+        hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
+        pretrained = _pretrained(data, pretrain_steps, out, log)
+        defences = {"mse": pretrained / "denoiser"}
+        for name, sanitizer in _METHODS.items():
+            defences[name] = out / name
+            fixed = [*data, "--pretrained", str(pretrained), "--sanitizer", sanitizer]
+            _learn(hospital, fixed, max_queries, out / name, log)
+        gateways: list[str] = []
+        for name, artifact in defences.items():
+            flags = ["--artifact", str(artifact), "--victim-url", hospital]
+            url = stack.enter_context(service("services.gateway", flags, out / f"gateway-{name}.log"))
+            gateways += ["--gateway", f"{name}={url}"]
+        run_verb(
+            "training.evaluate",
+            [
+                *("--victim", str(victim)),
+                *("--victim-url", hospital),
+                *gateways,
+                *data,
+                *("--limit", str(arguments.limit or (150 if is_phantom else 300))),
+                *("--results", str(results)),
+            ],
+            log,
+        )
+    _print_next_steps(out, results, data, time.monotonic() - begun)
     return 0
 
 
-def _victim(arguments: argparse.Namespace, data: list[str], out: Path, log: Path) -> Path:
+def _data_flags(arguments: argparse.Namespace) -> list[str]:
+    """The arguments that all verbs share, as typed; those that have their default are left out."""
+    defaults = build_parser()
+    flags = ["--data", arguments.data]
+    for name in ("size", "channels", "split_seed", "seed"):
+        value = getattr(arguments, name)
+        if value != defaults.get_default(name):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return [*flags, "--published-test"] if arguments.published_test else flags
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Notes in `out` with which settings its parts are made, and refuses to mix them with others.
+
+    Raises:
+        UserError: The parts that are there were made with other settings.
+    """
+    path = out / "demo.json"
+    text = json.dumps(settings) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise cli.UserError(
+            f"{out} was made with other settings ({path.read_text().strip()}, now {text.strip()}): "
+            "use the same, name another --out, or remove that folder"
+        )
+    replace_file(path, text.encode())
+
+
+def _victim(epochs: int | None, data: list[str], out: Path, log: Path) -> Path:
     """Trains the victim, unless it is there."""
     victim = out / "victim"
-    if (victim / "report.json").exists():
+    if (victim / REPORT_NAME).exists():
         logger.info("the victim in %s is used again", victim)
     else:
-        epochs = ["--epochs", str(arguments.epochs)] if arguments.epochs else []
-        run_verb("training.victim_fit", [*data, "--out", str(victim), *epochs], log)
+        more = ["--epochs", str(epochs)] if epochs else []
+        run_verb("training.victim_fit", [*data, "--out", str(victim), *more], log)
     return victim
 
 
@@ -135,20 +144,33 @@ def _pretrained(data: list[str], steps: int, out: Path, log: Path) -> Path:
     return folder
 
 
-def _print_next_steps(victim: Path, out: Path, results: Path, arguments: argparse.Namespace, seconds: float) -> None:
-    defence = out / "zo-ds"
+def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Path) -> None:
+    """Learns a defence from the hospital's answers; goes on with what is there, if that spent less."""
+    budget = ["--max-queries", str(max_queries)]
+    if (out / MANIFEST_FILE).exists():
+        learned = load_artifact(out).manifest.provenance.settings["max_queries"]
+        if isinstance(learned, int) and learned >= max_queries:
+            logger.info("the defence in %s is used again", out)
+            return
+    resume = ["--resume"] if Journal.total(out) else []
+    run_verb("training.zo_fit", ["--victim-url", hospital, *fixed, *budget, "--out", str(out), *resume], log)
+
+
+def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float) -> None:
+    same_data = shlex.join(data)
+    pretrained, defence, larger = (shlex.quote(str(out / name)) for name in ("pretrained", "zo-ds", "zo-ds-larger"))
     print(f"""
 Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.
 Rows: `none` is the bare model; `mse` a denoiser that cost no query; `zo-ds` and `zo-ae-ds` learned from queries.
 The attacker above knows the model, not the gateway: that is the weakest rung of the threat ladder.
 
 To try next (in .venv; each service keeps its terminal):
-  python -m services.hospital --model {victim} --port 8000
+  python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
   python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080
   curl -F file=@scan.png http://127.0.0.1:8080/predict
-  python -m training.certify --url http://127.0.0.1:8080 --name zo-ds --data {shlex.quote(arguments.data)} --limit 20
-  python -m training.zo_fit --victim-url http://127.0.0.1:8000 --data {shlex.quote(arguments.data)} \\
-      --pretrained {out / "pretrained"} --sanitizer denoiser --max-queries 100000 --out {out / "zo-ds-100k"}""")
+  python -m training.certify --url http://127.0.0.1:8080 --name zo-ds {same_data} --limit 20
+  python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\
+      --pretrained {pretrained} --sanitizer denoiser --max-queries 200000 --out {larger}""")
 
 
 if __name__ == "__main__":

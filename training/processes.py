@@ -1,6 +1,7 @@
 """Child processes of the tools: services that are started, waited for, and stopped whatever happens."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from training.cli import UserError
+
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 120.0
@@ -16,7 +19,7 @@ _STOP_TIMEOUT_S: Final = 15.0
 _LISTENING: Final = " listening on "
 
 
-class ProcessFailed(Exception):  # noqa: N818 - says what happened
+class ProcessFailed(UserError):  # noqa: N818 - says what happened
     """A child process ended with an error, or never became ready; the message names its log."""
 
 
@@ -31,7 +34,7 @@ def run_verb(module: str, arguments: Sequence[str], log: Path) -> None:
     logger.info("$ %s", printable)
     with log.open("a") as file:
         file.write(f"$ {printable}\n")
-    with _terminated(subprocess.Popen(command)) as process:
+    with _terminated(subprocess.Popen(command, env=_environment())) as process:
         code = process.wait()
     if code != 0:
         raise ProcessFailed(f"this command failed with code {code}: {printable}")
@@ -56,9 +59,16 @@ def service(module: str, arguments: Sequence[str], log: Path) -> Iterator[str]:
     logger.info("$ %s", " ".join(["python", *command[1:]]))
     announcement = log.with_suffix(".out")
     with log.open("w") as errors, announcement.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=errors)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=_environment())
     with _terminated(process):
         yield _announced_url(process, announcement, log)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but what runs on this machine is not asked for through a proxy."""
+    already = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
+    excepted = ",".join(filter(None, [already, "127.0.0.1", "localhost"]))
+    return {**os.environ, "NO_PROXY": excepted, "no_proxy": excepted}
 
 
 def _announced_url(process: subprocess.Popen[bytes], announcement: Path, log: Path) -> str:
