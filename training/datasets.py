@@ -81,7 +81,8 @@ class Splits:
         train: What is learned from.
         validation: What models are selected by.
         test: What is reported.
-        fingerprint: SHA-256 of the content: every file's name and bytes (of a phantom set, its pixels).
+        fingerprint: SHA-256 of the content (every file's name and bytes; of a phantom set, its pixels) and of which
+            image is in which split.
     """
 
     name: str
@@ -106,7 +107,7 @@ def load_data(arguments: argparse.Namespace) -> Splits:
         arguments.data,
         size=arguments.size,
         channels=arguments.channels,
-        seed=arguments.seed,
+        seed=arguments.split_seed,
         published_test=arguments.published_test,
     )
 
@@ -158,7 +159,7 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0, 
         len(test),
         int((assignment == DROPPED).sum()),
     )
-    return Splits(dataset_name(data), labels, train, validation, test, _fingerprint(files, digests))
+    return Splits(dataset_name(data), labels, train, validation, test, _fingerprint(files, digests, assignment))
 
 
 def dataset_name(data: str) -> str:
@@ -272,10 +273,11 @@ def _read_files(files: Sequence[_File], size: int, channels: int) -> tuple[Tenso
     return torch.stack(images), torch.stack(thumbs), list(digests)
 
 
-def _fingerprint(files: Sequence[_File], digests: Sequence[bytes]) -> str:
+def _fingerprint(files: Sequence[_File], digests: Sequence[bytes], assignment: npt.NDArray[np.int64]) -> str:
+    names = (file.name for file in files)
     whole = hashlib.sha256()
-    for name, digest in sorted((file.name, digest) for file, digest in zip(files, digests, strict=True)):
-        whole.update(f"{name}\0{digest.hex()}\n".encode())
+    for name, digest, split in sorted(zip(names, digests, assignment.tolist(), strict=True)):
+        whole.update(f"{name}\0{digest.hex()}\0{split}\n".encode())
     return whole.hexdigest()
 
 

@@ -42,6 +42,7 @@ from training.measuring import (
     number_list,
 )
 from training.results import NO_DEFENCE, Row, bootstrap_interval, finite, format_table, write_rows
+from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05
 """Lead of the first over the second probability from which on weights and URL must agree on the class."""
@@ -202,6 +203,12 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
         raise UserError(f"the victim knows the classes {list(config.labels)}, the data has {list(splits.labels)}")
     if tuple(chosen.images.shape[1:]) != (config.channels, *config.size):
         raise UserError(f"the victim takes other images: use --size {config.size[0]} --channels {config.channels}")
+    if data_fingerprint(arguments.victim) not in (None, splits.fingerprint):
+        logger.warning(
+            "%s was trained on other images or another split of them: it may have seen images of this test split; "
+            "use its --data, --split-seed and --published-test",
+            arguments.victim,
+        )
 
     with ExitStack() as clients:
         defences = []

@@ -143,9 +143,10 @@ def test_a_class_with_too_few_distinct_images_is_told(plain: Path) -> None:
         load(plain)
 
 
-def test_fingerprint_follows_the_content_only(plain: Path) -> None:
+def test_fingerprint_follows_content_and_splits_only(plain: Path) -> None:
     first = load_splits(str(plain), size=32).fingerprint
-    assert load_splits(str(plain), size=48, channels=3, seed=9).fingerprint == first
+    assert load_splits(str(plain), size=48, channels=3).fingerprint == first
+    assert load_splits(str(plain), size=32, seed=9).fingerprint != first
     write_image(plain / "cat" / "05.png", seed=999)
     assert load_splits(str(plain), size=32).fingerprint != first
 

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def value(
     assert len(wanted) == 1
     assert wanted[0] is not None
     return wanted[0]
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(("trained_on", "warned"), [("abc", False), ("other", True)])
+def test_a_victim_trained_on_another_split_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained_on: str, warned: bool
+) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"fingerprint": trained_on}))
+    assert run(tmp_path / "r.json", "--attacks", "fgsm", "--victim", str(tmp_path)) == 0
+    assert ("may have seen images of this test split" in caplog.text) == warned
 
 
 @pytest.mark.usefixtures("world")
