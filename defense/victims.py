@@ -146,8 +146,8 @@ class ProbeReport:
         num_classes: K.
         kind: Whether the scores are probabilities or logits.
         noise: Standard deviation of the stability loss between answers to one and the same image (s in the theory).
-        response: Median absolute change of the stability loss when an image moves by `mu` in a random direction.
-        mu: The L2 length of that move.
+        response: Median absolute change of the stability loss along one random direction.
+        mu: The length of that move, in the L2 norm of the space where the estimator steps.
     """
 
     num_classes: int
@@ -170,18 +170,19 @@ class ProbeReport:
         )
 
 
-def probe(victim: MeteredVictim, images: Tensor, mu: float, generator: torch.Generator) -> ProbeReport:
+def probe(victim: MeteredVictim, images: Tensor, moved: Tensor, mu: float) -> ProbeReport:
     """Asks the victim four times about a small batch, to learn what it answers and how exactly.
 
     Spends 4 N queries with the purpose "probe": the batch twice, once more in reverse order and cut in two (another
-    place in another batch size must not change an answer), and once moved by `mu` in random unit directions. Fixes
-    the number of classes and the kind of scores on `victim`, so that every later answer is checked against them.
+    place in another batch size must not change an answer), and the moved images. Fixes the number of classes and the
+    kind of scores on `victim`, so that every later answer is checked against them.
 
     Args:
         victim: The metered black box.
         images: (N, C, H, W) in [0, 1], N of at least 2.
-        mu: The step, in L2 norm, that finite differences will use.
-        generator: Source of the random directions, on the CPU.
+        moved: (N, C, H, W) in [0, 1]: the images after a step of length `mu` in a random direction, each its own,
+            where the estimator will take its steps.
+        mu: The length of that step.
 
     Raises:
         BudgetExhausted: The budget does not hold 4 N queries.
@@ -196,15 +197,13 @@ def probe(victim: MeteredVictim, images: Tensor, mu: float, generator: torch.Gen
     backwards = images.flip(0)
     half = len(images) // 2
     regrouped = torch.cat([victim.query(backwards[:half], "probe"), victim.query(backwards[half:], "probe")]).flip(0)
-    directions = torch.randn(images.shape, generator=generator).to(images.device)
-    directions /= directions.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    moved = victim.query(images + mu * directions, "probe")
+    stepped = victim.query(moved, "probe")
 
     losses = [stability_loss(scores, targets, kind) for scores in (first, again, regrouped)]
     # The difference of two equally noisy losses has twice the variance of one.
     squares = torch.stack([(losses[1] - losses[0]).square(), (losses[2] - losses[0]).square()])
     noise = (squares.mean() / 2).sqrt().item()
-    response = (stability_loss(moved, targets, kind) - losses[0]).abs().median().item()
+    response = (stability_loss(stepped, targets, kind) - losses[0]).abs().median().item()
     return ProbeReport(first.shape[1], kind, noise, response, mu)
 
 

@@ -1,8 +1,3 @@
 """What a person runs: `python -m training.<verb>`, one module a verb."""
 
-import os
-
-# Several processes share the cores here (trainer, hospital, gateway). OpenMP's default is to spin while waiting for the
-# threads of its own team, which costs an order of magnitude as soon as those are waiting for a core themselves. Read
-# when libgomp is loaded, so it must be set before the first import of torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import services  # noqa: F401 - sets up OpenMP, which must happen before torch is loaded

@@ -42,7 +42,7 @@ def run(
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data, --size, --channels, --published-test and --seed."""
+    """Adds --data, --size, --channels, --published-test, --split-seed and --seed."""
     parser.add_argument(
         "--data",
         default="phantom",
@@ -58,7 +58,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the Testing folder as the test split, and drop its near-duplicates from training "
         "(default: all images are split anew, by groups of near-duplicates)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        help="which images go to which split, and which phantoms are drawn; keep it for all commands (default 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything else that is random (default 0)")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +77,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Parses a finite number of at least 0 (an argparse type)."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
     return value
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from defense.artifact import Provenance, save_artifact
+from defense.artifact import Provenance, load_artifact, save_artifact
 from defense.autoencoders import AutoencoderName, LinearAutoencoder
 from defense.denoisers import DenoiserName, WienerUNetDenoiser
+from defense.errors import ArtifactError
 from defense.objectives import denoising_loss
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from services.device import resolve_device
@@ -54,8 +55,10 @@ def add_model_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--sigma", type=cli.positive_float, default=0.25, help="standard deviation of the noise (default 0.25)"
     )
-    parser.add_argument("--denoiser", choices=get_args(DenoiserName), default="wiener-unet", help="see docs/models.md")
-    parser.add_argument("--autoencoder", choices=get_args(AutoencoderName), default="linear", help="see docs/models.md")
+    parser.add_argument("--denoiser", choices=get_args(DenoiserName), default="wiener-unet", help="see docs/methods.md")
+    parser.add_argument(
+        "--autoencoder", choices=get_args(AutoencoderName), default="linear", help="see docs/methods.md"
+    )
     parser.add_argument("--code", type=cli.positive_int, default=256, help="numbers in the code (default 256)")
     parser.add_argument(
         "--pretrain-steps",
@@ -129,6 +132,36 @@ def fit(arguments: argparse.Namespace, splits: Splits, out: Path) -> None:
                 validation=psnr,
             ),
         )
+
+
+def load(folder: Path, name: str, splits: Splits, sigma: float) -> Sanitizer:
+    """A pre-trained sanitizer, to go on from.
+
+    Args:
+        folder: What `fit` wrote.
+        name: One of `SANITIZERS`.
+        splits: The images that it will be trained on.
+        sigma: The noise that it will be trained for.
+
+    Raises:
+        ArtifactError: It is not there, or was made for other images or another noise.
+    """
+    artifact = load_artifact(folder / name)
+    manifest = artifact.manifest
+    expected = tuple(splits.train.images.shape[1:])
+    if manifest.input.dimensions != expected:
+        raise ArtifactError(
+            f"{folder} was pre-trained on images of shape {manifest.input.dimensions}, "
+            f"these have {expected}: pre-train again, or use the same --size and --channels"
+        )
+    if manifest.sigma != sigma:
+        raise ArtifactError(f"{folder} was pre-trained for sigma {manifest.sigma}, not {sigma}: pre-train again")
+    if manifest.provenance.data_fingerprint != splits.fingerprint:
+        logger.warning(
+            "%s was pre-trained on other images or another split of them: it may have seen images of your test split",
+            folder,
+        )
+    return artifact.sanitizer
 
 
 def minimize_squared_error(

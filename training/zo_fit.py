@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.artifact import Artifact, Provenance, load_artifact, save_artifact
-from defense.errors import ArtifactError, InvalidAnswer
+from defense.artifact import Provenance, save_artifact
+from defense.errors import InvalidAnswer
 from defense.estimators import (
     CoordinateGradientEstimator,
     Difference,
@@ -30,14 +30,17 @@ from defense.estimators import (
     RandomGradientEstimator,
     Sampling,
 )
-from defense.victims import MeteredVictim, QueryLedger, probe
+from defense.files import replace_file
+from defense.sanitizer import Sanitizer, SanitizerConfig
+from defense.victims import MeteredVictim, QueryLedger
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
 from training import cli, pretrain
-from training.checkpoint import FILE_NAME, Checkpoint, Journal, replace_file, resumed_ledger
+from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger
 from training.datasets import Splits, load_data
 from training.measuring import Endpoint
+from training.meeting import meet, meet_again
 from training.provenance import settings_of, versions
 from training.zo_trainer import FitSettings, Trainer, Validation
 
@@ -83,15 +86,19 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--mu", type=cli.positive_float, default=0.005, help="step, in L2 norm (default 0.005)")
     method.add_argument("--batch", type=cli.positive_int, default=32, help="images an optimiser step (default 32)")
     method.add_argument("--learning-rate", type=cli.positive_float, default=3e-5, help="Adam's (default 3e-5)")
-    method.add_argument("--mse-weight", type=float, default=50.0, help="weight of the MSE term (default 50; 0: none)")
+    method.add_argument(
+        "--mse-weight", type=cli.non_negative_float, default=50.0, help="weight of the MSE term (default 50; 0: none)"
+    )
     method.add_argument("--clip", type=cli.positive_float, default=1.0, help="bound on the gradient norm (default 1)")
     method.add_argument("--steps", type=cli.positive_int, help="at most so many steps; default: the budget decides")
-    method.add_argument("--validation-images", type=cli.positive_int, default=128, help="at most so many (default 128)")
+    method.add_argument("--validation-images", type=cli.positive_int, default=512, help="at most so many (default 512)")
     method.add_argument("--validate-every", type=cli.positive_int, default=10, help="steps (default 10)")
 
     start = parser.add_argument_group("where it starts and ends")
     start.add_argument(
-        "--pretrained", type=Path, help="what training.pretrain wrote; default: pre-train first, into OUT/pretrained"
+        "--pretrained",
+        type=Path,
+        help="what training.pretrain wrote, its models as they are; default: pre-train first, into OUT/pretrained",
     )
     pretrain.add_model_arguments(start)
     start.add_argument("--out", type=Path, default=Path("artifacts/defense"), help="folder of artifact and checkpoint")
@@ -115,17 +122,22 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) ->
 
 def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     out: Path = arguments.out
-    checkpoint = _checkpoint_to_resume(arguments)
+    device = resolve_device(arguments.device)
     splits = load_data(arguments)
     settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
-    if checkpoint is not None:
-        _refuse_other_settings(checkpoint.state["settings"], settings)
-    start = _pretrained(arguments, splits, checkpoint)
-
-    spent = {} if checkpoint is None else resumed_ledger(out, checkpoint.state["ledger"])
     with ExitStack() as stack:
         journal = Journal(out)
         stack.callback(journal.close)
+        checkpoint = _checkpoint_to_resume(arguments)
+        if checkpoint is None:
+            start = _pretrained(arguments, splits)
+        else:
+            _refuse_other_settings(checkpoint.state["settings"], settings)
+            start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
+        _refuse_too_many_directions(arguments, start)
+        start.requires_grad_(True).to(device)
+
+        spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
         ledger = QueryLedger(arguments.max_queries, spent, journal.write)
         client = stack.enter_context(
             connect(
@@ -137,20 +149,28 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
             )
         )
         victim = MeteredVictim(client, ledger)
-        labels = _meet(victim, client, arguments, splits.train.images)
+        if checkpoint is None:
+            sample = _some(splits.train.images, _PROBE_IMAGES, arguments.seed)
+            labels = meet(victim, client, start, sample, arguments.sigma, arguments.mu, arguments.seed)
+        else:
+            labels = checkpoint.state["labels"]
+            meet_again(victim, client, labels, checkpoint.state["kind"], splits.train.images[0])
         trainer = Trainer(
-            sanitizer=start.sanitizer.requires_grad_(True).to(resolve_device(arguments.device)),
+            sanitizer=start,
             victim=victim,
             estimator=_estimator(arguments),
             images=splits.train.images,
-            validation_images=splits.validation.images[: arguments.validation_images],
+            validation_images=_some(splits.validation.images, arguments.validation_images, arguments.seed),
             settings=_fit_settings(arguments),
             folder=out,
-            run_state={"settings": settings, "labels": labels},
+            run_state={
+                "settings": settings,
+                "architecture": start.config.model_dump(mode="json"),
+                "labels": labels,
+                "kind": victim.kind,
+            },
         )
         if checkpoint is not None:
-            if checkpoint.state["labels"] != labels:
-                raise cli.UserError("the victim has other classes than when the run began: is it another model?")
             trainer.restore(checkpoint)
             logger.info("resumed after step %d, %d queries spent", trainer.step, ledger.total)
         reason = _train(trainer, ledger)
@@ -179,13 +199,19 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
 
 
 def _checkpoint_to_resume(arguments: argparse.Namespace) -> Checkpoint | None:
-    if arguments.resume:
-        return Checkpoint.load(arguments.out)
-    if (arguments.out / FILE_NAME).exists() or Journal.total(arguments.out):
-        raise cli.UserError(
-            f"{arguments.out} holds a run already: add --resume to continue it, or name another --out to keep it"
-        )
-    return None
+    """The checkpoint to go on from; None where the run begins, or was killed before it wrote one."""
+    has_checkpoint = (arguments.out / FILE_NAME).exists()
+    sent = Journal.total(arguments.out)
+    if not arguments.resume:
+        if has_checkpoint or sent:
+            raise cli.UserError(
+                f"{arguments.out} holds a run already: add --resume to continue it, or name another --out to keep it"
+            )
+        return None
+    if sent and not has_checkpoint:
+        logger.info("the run ended before its first checkpoint: it begins anew; its %d queries stay spent", sent)
+        return None
+    return Checkpoint.load(arguments.out)
 
 
 def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -198,38 +224,27 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
         raise cli.UserError(f"the run to resume had other settings: {'; '.join(changed)}")
 
 
-def _pretrained(arguments: argparse.Namespace, splits: Splits, checkpoint: Checkpoint | None) -> Artifact:
+def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
     """The sanitizer to start from; pre-trains it where --pretrained names none."""
-    folder: Path = arguments.pretrained or arguments.out / "pretrained"
-    if arguments.pretrained is None and checkpoint is None:
-        pretrain.fit(arguments, splits, folder)
-    artifact = load_artifact(folder / arguments.sanitizer)
-    expected = tuple(splits.train.images.shape[1:])
-    if artifact.manifest.input.dimensions != expected:
-        raise ArtifactError(
-            f"{folder} was pre-trained on images of shape {artifact.manifest.input.dimensions}, "
-            f"these have {expected}: pre-train again, or use the same --size and --channels"
-        )
-    if artifact.manifest.sigma != arguments.sigma:
-        raise ArtifactError(
-            f"{folder} was pre-trained for sigma {artifact.manifest.sigma}, not {arguments.sigma}: pre-train again"
-        )
-    return artifact
+    if arguments.pretrained is not None:
+        return pretrain.load(arguments.pretrained, arguments.sanitizer, splits, arguments.sigma)
+    folder = arguments.out / "pretrained"
+    pretrain.fit(arguments, splits, folder)
+    return pretrain.load(folder, arguments.sanitizer, splits, arguments.sigma)
 
 
-def _meet(victim: MeteredVictim, client: Endpoint, arguments: argparse.Namespace, images: Tensor) -> list[str]:
-    """Probes the victim before anything is spent on training, and says what was found; returns its classes' names."""
-    if not client.ready():
-        logger.info("the victim does not say that it is ready; asking it all the same, and waiting for it")
-    generator = torch.Generator().manual_seed(arguments.seed)
-    sample = images[torch.randperm(len(images), generator=generator)[:_PROBE_IMAGES]]
-    report = probe(victim, sample, arguments.mu, generator)
-    victim.ledger.charge("probe", 1)
-    labels = client.describe(sample[0]).get("labels")
-    if not isinstance(labels, list) or len(labels) != report.num_classes or not all(isinstance(x, str) for x in labels):
-        raise InvalidAnswer(f"the victim answers {report.num_classes} scores, but names its classes {labels!r}")
-    logger.info("victim: %s; classes: %s", report.describe(), ", ".join(labels))
-    return labels
+def _refuse_too_many_directions(arguments: argparse.Namespace, sanitizer: Sanitizer) -> None:
+    dimension = sanitizer.border_dimension
+    if arguments.estimator == "rge" and arguments.sampling == "orthonormal" and arguments.directions > dimension:
+        raise cli.UserError(
+            f"--sampling orthonormal has at most {dimension} directions here, not {arguments.directions}: "
+            "lower --directions"
+        )
+
+
+def _some(images: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the images, at random: they are sorted by class."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def _estimator(arguments: argparse.Namespace) -> Estimator:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense.errors import BudgetExhausted
+from defense.errors import BudgetExhausted, DefenseError
 from defense.estimators import Estimator
 from defense.objectives import denoising_loss, inject_gradient, stability_loss
 from defense.sanitizer import Sanitizer
@@ -18,7 +18,7 @@ from training.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 2048  # images decoded and sent at once: bounds memory where CGE asks for hundreds an image
+_CHUNK = 2048  # images decoded and sent at once: bounds the images in memory, not the points they are decoded from
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Validation:
     loss: float
 
     def better_than(self, other: "Validation | None") -> bool:
-        """Whether the loss is lower; it tells states apart between which the agreement is a tie."""
+        """Whether the loss is lower: unlike the agreement it is hardly ever a tie, and noise moves it less."""
         return other is None or self.loss < other.loss
 
 
@@ -118,11 +118,14 @@ class Trainer:
             Why it ended, in words.
 
         Raises:
+            BudgetExhausted: The budget did not hold a single step.
             ServiceError: The victim stayed away; the last checkpoint holds.
             InvalidAnswer: The victim answered nonsense; the last checkpoint holds.
+            DefenseError: A gradient was not finite; the last checkpoint holds.
         """
         try:
             if not self.history:
+                self._require_budget(beforehand=2 * len(self.validation_images))
                 self._validate()  # the pre-trained state is the first candidate
                 self.save_checkpoint()
             while self.settings.steps is None or self.step < self.settings.steps:
@@ -134,6 +137,8 @@ class Trainer:
                     self.save_checkpoint()
             reason = f"all {self.step} steps are done"
         except BudgetExhausted as error:
+            if self.step == 0:
+                raise
             reason = str(error)
         if self.history and self.history[-1].step != self.step:
             try:
@@ -144,13 +149,8 @@ class Trainer:
         return reason
 
     def restore_best(self) -> Validation:
-        """Puts the best validated state into the sanitizer.
-
-        Raises:
-            BudgetExhausted: The budget did not even hold one validation.
-        """
-        if self.best is None:
-            raise BudgetExhausted("the budget does not hold the first validation: raise --max-queries")
+        """Puts the best validated state into the sanitizer; `fit` or `restore` has validated one."""
+        assert self.best is not None
         self.sanitizer.load_state_dict(self._best_state)
         return self.best
 
@@ -186,14 +186,19 @@ class Trainer:
         self._targets = checkpoint.tensors["targets"]
         self._validation_targets = checkpoint.tensors["validation_targets"]
 
-    def _require_budget(self) -> None:
-        """Ends training while the budget still holds the validation of its last state."""
-        remaining = self.victim.ledger.remaining
+    def _require_budget(self, beforehand: int = 0) -> None:
+        """Ends training while the budget still holds the validation of its last state.
+
+        Args:
+            beforehand: Queries that will be spent before the step.
+        """
+        ledger = self.victim.ledger
         a_step = self.settings.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
-        if remaining is not None and remaining < a_step + len(self.validation_images):
+        needed = beforehand + a_step + len(self.validation_images)
+        if ledger.remaining is not None and ledger.remaining < needed:
             raise BudgetExhausted(
-                f"{self.victim.ledger.total} of {self.victim.ledger.max_queries} queries are spent; "
-                f"another step with its validation may need {a_step + len(self.validation_images)}"
+                f"{ledger.total} of {ledger.max_queries} queries are spent, and a step with its validation may need "
+                f"{needed}: raise --max-queries, or lower --batch, --directions or --validation-images"
             )
 
     def train_step(self) -> float:
@@ -210,7 +215,12 @@ class Trainer:
             surrogate = surrogate + self.settings.mse_weight * error
         self._optimizer.zero_grad()
         surrogate.backward()
-        nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
+        if not torch.isfinite(norm):
+            raise DefenseError(
+                f"the gradient of step {self.step + 1} is not finite, and was not applied: "
+                "lower --learning-rate or --mse-weight, or raise --mu"
+            )
         self._optimizer.step()
         self.step += 1
         return estimate.loss.mean().item()
