@@ -1,7 +1,8 @@
 """The gateway's application: what leaves it has been sanitized, what it answers was answered to sanitized images."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import httpx
@@ -18,6 +19,7 @@ from services.protocol import oip
 from services.protocol.calls import Call, Signature, answer, read_call
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
+    TRANSIENT,
     NotFound,
     Overloaded,
     ServiceError,
@@ -38,6 +40,17 @@ _TOLD: dict[type[ServiceError], str] = {
     UpstreamTimeout: "the model behind the gateway did not answer in time",
     UpstreamInvalid: "the model behind the gateway gave no valid answer",
 }
+
+
+@contextmanager
+def _retold() -> Iterator[None]:
+    """Turns the victim's failures into what clients are told of them."""
+    try:
+        yield
+    except ServiceError as error:
+        # What else the victim objects to (400, 413, ...) was said of the gateway's request, not the client's.
+        kind = type(error) if type(error) in _TOLD else UpstreamInvalid
+        raise kind(_TOLD[kind], retry_after=error.retry_after) from error
 
 
 def _sanitizing(sanitizer: nn.Module, device: torch.device) -> Callable[[Array], Array]:
@@ -98,7 +111,8 @@ def make_gateway(
         max_delay_s=settings.max_delay_ms / 1000,
     )
     admission = Admission(settings.max_queue)
-    learned_labels: list[str] = []
+    learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
+    learning = asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -107,33 +121,35 @@ def make_gateway(
 
     app = make_app("gateway", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
-    async def victims_labels(sanitized: Array, classes: int) -> list[str]:
+    async def victims_labels(sanitized: Array, classes: int) -> Sequence[str]:
         """The victim's own names, asked for once; numbers where it gives none.
 
         A sanitizer that was trained without any query does not know them.
         """
-        if len(learned_labels) != classes:
-            try:
-                told = (await victim.describe(sanitized))["labels"]
-            except ServiceError:
-                told = None
-            if not isinstance(told, list) or len(told) != classes:
-                return [str(index) for index in range(classes)]
-            learned_labels[:] = map(str, told)
-        return learned_labels
+        async with learning:
+            if classes not in learned_labels:
+                try:
+                    told = (await victim.describe(sanitized))["labels"]
+                except TRANSIENT:
+                    raise
+                except ServiceError:  # it takes no images, or has no names; asking again would cost a query each time
+                    told = None
+                names = told if isinstance(told, list) and len(told) == classes else range(classes)
+                learned_labels[classes] = [str(name) for name in names]
+            return learned_labels[classes]
 
     async def defend(call: Call) -> Response:
         with admission.admit(len(call.images)):
             sanitized = await batcher(call.images)
-            try:
+            with _retold():
                 scores = await victim.infer(sanitized)
-            except ServiceError as error:
-                # What else the victim objects to (400, 413, ...) was said of the gateway's request, not the client's.
-                kind = type(error) if type(error) in _TOLD else UpstreamInvalid
-                raise kind(_TOLD[kind], retry_after=error.retry_after) from error
-        names = labels or await victims_labels(sanitized[0], scores.shape[1])
-        if scores.shape[1] != len(names):
-            raise UpstreamInvalid(f"the model answers {scores.shape[1]} scores; the artifact has {len(names)} labels")
+            classes = scores.shape[1]
+            if labels and classes != len(labels):
+                raise UpstreamInvalid(f"the model answers {classes} scores; the artifact has {len(labels)} labels")
+            if labels or call.form != "image":
+                return answer(call, scores, signature)
+            with _retold():
+                names = await victims_labels(sanitized[0], classes)
         return answer(call, scores, replace(signature, labels=names))
 
     def check_model(name: str, version: str) -> None:

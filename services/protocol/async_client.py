@@ -1,10 +1,8 @@
 """The asyncio client of a victim or a gateway; use it through `services.protocol.client`."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -14,8 +12,7 @@ import numpy.typing as npt
 
 from services.protocol import oip
 from services.protocol.errors import (
-    InvalidInput,
-    Overloaded,
+    TRANSIENT,
     ServiceError,
     Unavailable,
     UpstreamInvalid,
@@ -24,40 +21,14 @@ from services.protocol.errors import (
     from_status,
 )
 from services.protocol.images import encode_png
+from services.protocol.replicas import Replica
 
-BACKOFF_FIRST_S = 0.1
-BACKOFF_LAST_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
+"""How long a replica is given at most to take a connection, and to tell its health."""
 
 _WORDS_LENGTH = 500
-_RETRIABLE = (Overloaded, Unavailable, UpstreamUnreachable, UpstreamTimeout)
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
-
-
-@dataclass
-class _Replica:
-    """One URL and how it fares."""
-
-    url: str
-    health: str
-    outstanding: int = 0
-    rests_until: float = 0.0
-
-
-def _replica(url: str) -> _Replica:
-    """Reads a victim's URL: a bare host speaks at /predict, a URL with a path is used as it is."""
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise InvalidInput(f"{url!r} is no URL: {error}") from error
-    port_fits = parsed.port is None or 0 < parsed.port < 2**16
-    if parsed.scheme not in ("http", "https") or not parsed.host or not port_fits:
-        raise InvalidInput(f"{url!r} is no URL of a victim; it must look like http://host:8000")
-    path = parsed.path.rstrip("/")
-    root = path.partition("/v2/")[0].removesuffix("/predict")
-    return _Replica(
-        url=str(parsed.copy_with(path=path or "/predict")),
-        health=str(parsed.copy_with(path=f"{root}/v2/health/ready", query=None)),
-    )
+_NOT_READY = (UpstreamUnreachable.status, Unavailable.status, UpstreamTimeout.status)
 
 
 class AsyncVictimClient:
@@ -67,9 +38,13 @@ class AsyncVictimClient:
         urls: replicas of one victim; each request goes to the one with the fewest requests outstanding.
         batch: most images a request.
         in_flight: most requests at once, over all replicas and callers.
-        timeout_s: seconds without progress after which a request has timed out.
-        patience_s: for how long overload, broken connections, 502, 503, 504 and time-outs are waited out (exponential
-            back-off with jitter, never sooner than `Retry-After`) while no request at all succeeds; 0: not at all.
+        timeout_s: seconds without progress after which a request has timed out; connecting, and health, have 5 at most.
+        patience_s: for how long overload, broken connections, 502, 503, 504 and time-outs are waited out while no
+            request at all succeeds. A replica that fails rests (exponential back-off with jitter), the others are used;
+            `Retry-After` prolongs the rest up to the end of patience, when the last attempt is made.
+            After other failures than overload, images are sent again only where `/v2/health/ready`, which costs
+            nothing, does not speak against it. 0: nothing is waited for, but unless it timed out, a request moves on
+            once to another replica that is not resting.
         on_resend: called with the number of images before they are transmitted once more after an earlier
             transmission failed. What it raises ends the request and reaches the caller.
         transport: in place of the network, for tests.
@@ -95,16 +70,17 @@ class AsyncVictimClient:
             raise ValueError("urls must be a sequence with at least one URL")
         if batch < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
             raise ValueError("batch, in_flight and timeout_s must be positive, patience_s not negative")
-        self._replicas = [_replica(url) for url in urls]
+        self._replicas = [Replica.at(url) for url in urls]
         self._batch = batch
         self._patience_s = patience_s
         self._on_resend = on_resend
         self._slots = asyncio.Semaphore(in_flight)
         self._last_success = time.monotonic()
+        self._quick_s = min(timeout_s, CONNECT_TIMEOUT_S)
         # An idle connection is given up sooner than the 5 seconds after which common servers close it: a request that
         # meets such a close fails. Waiting for a free connection has no limit, the semaphore sees to that.
         self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout_s, pool=None),
+            timeout=httpx.Timeout(timeout_s, connect=self._quick_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=in_flight, keepalive_expiry=2.0),
             transport=transport,
         )
@@ -156,14 +132,7 @@ class AsyncVictimClient:
 
     async def ready(self) -> bool:
         """Whether any replica says that it is ready."""
-
-        async def asks(replica: _Replica) -> bool:
-            try:
-                return (await self._http.get(replica.health)).status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        return any(await asyncio.gather(*(asks(replica) for replica in self._replicas)))
+        return 200 in await asyncio.gather(*(self._health(replica) for replica in self._replicas))
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -203,31 +172,66 @@ class AsyncVictimClient:
         """Sends `count` images, again and again as far as patience goes; returns an answer with status 200."""
         paid = True  # the first transmission is accounted for by the caller
         failing_since: float | None = None
-        backoff = BACKOFF_FIRST_S
+        replica = self._best()
         while True:
             if not paid and self._on_resend is not None:
                 self._on_resend(count)
-            paid = True
-            now = time.monotonic()
-            replica = min(self._replicas, key=lambda one: (one.rests_until > now, one.outstanding))
+            started = time.monotonic()
             try:
-                response = await self._attempt(replica, body, headers)
-            except _RETRIABLE as error:
+                return await self._attempt(replica, body, headers)
+            except TRANSIENT as error:
                 paid = isinstance(error.__cause__, _NOT_SENT)
                 now = time.monotonic()
-                failing_since = max(failing_since or now, self._last_success)
-                patience_left = failing_since + self._patience_s - now
-                pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after or 0.0)
-                replica.rests_until = now + pause
-                if patience_left <= 0:
+                replica.failed(now, started=started, error=error)
+                # Who waited for a time-out once, and has no patience, shall not wait for another one.
+                at_once = failing_since is None and not isinstance(error, UpstreamTimeout)
+                failing_since = failing_since or now
+                recovered = await self._recovered(failing_since, at_once=at_once)
+                if recovered is None:
                     raise
-                await asyncio.sleep(min(pause, patience_left))
-                backoff = min(2 * backoff, BACKOFF_LAST_S)
-            else:
-                self._last_success = time.monotonic()
-                return response
+                replica = recovered
 
-    async def _attempt(self, replica: _Replica, body: bytes, headers: dict[str, str]) -> httpx.Response:
+    async def _recovered(self, failing_since: float, *, at_once: bool) -> Replica | None:
+        """The replica to send to after a failure; None: patience has ended.
+
+        Args:
+            failing_since: when the request failed first.
+            at_once: whether a replica that need not rest is asked even without patience.
+        """
+        while True:
+            now = time.monotonic()
+            deadline = max(failing_since, self._last_success) + self._patience_s
+            if now >= deadline and not (at_once and self._best().rests_until <= now):
+                return None
+            at_once = False
+            replica = await self._rested(deadline)
+            started = time.monotonic()
+            if replica.overloaded or await self._health(replica) not in _NOT_READY:
+                return replica
+            replica.failed(time.monotonic(), started=started, error=None)
+
+    async def _rested(self, deadline: float) -> Replica:
+        """Waits for a replica to have rested, and not beyond the deadline."""
+        while True:
+            replica = self._best()
+            now = time.monotonic()
+            if now >= min(replica.rests_until, deadline):
+                return replica
+            await asyncio.sleep(min(replica.rests_until, deadline) - now)
+
+    def _best(self) -> Replica:
+        """The replica to ask next."""
+        now = time.monotonic()
+        return min(self._replicas, key=lambda one: one.rank(now))
+
+    async def _health(self, replica: Replica) -> int:
+        """The status that the replica's health answers with; 502 where nothing answers."""
+        try:
+            return (await self._http.get(replica.health, timeout=self._quick_s)).status_code
+        except httpx.HTTPError:
+            return UpstreamUnreachable.status
+
+    async def _attempt(self, replica: Replica, body: bytes, headers: dict[str, str]) -> httpx.Response:
         """Sends one request once; everything but an answer with status 200 is raised."""
         replica.outstanding += 1
         try:
@@ -239,6 +243,8 @@ class AsyncVictimClient:
         finally:
             replica.outstanding -= 1
         if response.status_code == 200:
+            self._last_success = time.monotonic()
+            replica.succeeded()
             return response
         message = f"the victim at {replica.url} answered {response.status_code}: {_words(response)}"
         raise from_status(response.status_code, message, retry_after=_seconds(response.headers.get("Retry-After")))

@@ -107,6 +107,9 @@ class UpstreamTimeout(ServiceError):  # noqa: N818
     status = 504
 
 
+TRANSIENT = (Overloaded, Unavailable, UpstreamUnreachable, UpstreamTimeout)
+"""The failures that may pass by themselves: the same request may succeed later."""
+
 _BY_STATUS: dict[int, type[ServiceError]] = {
     kind.status: kind
     for kind in (

@@ -1,7 +1,9 @@
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.anyio
 
 SIGNATURE = {"id": "sha256-abc", "name": "ours", "sigma": 0.25, "queries_spent": 1234}
 RNG = np.random.default_rng(0)
+WHITE = encode_png(np.ones((1, 8, 6), np.float32))
 
 
 class Inverts(nn.Module):
@@ -49,7 +52,8 @@ class Upstream(httpx.AsyncBaseTransport):
         self.received: list[np.ndarray] = []
         self.requests = 0
         self.ready = 200
-        self.labels: list[str] | None = None
+        self.describes: Callable[[], httpx.Response] = lambda: httpx.Response(415, json={"error": "tensors only"})
+        self.described = 0
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
@@ -58,14 +62,17 @@ class Upstream(httpx.AsyncBaseTransport):
         body = await request.aread()
         if request.headers.get("Content-Type") == "image/png":
             self.received.extend(decode_image(body, channels=1, size=(8, 6))[None])
-            if self.labels is None:
-                return httpx.Response(415, json={"error": "tensors only"})
-            return httpx.Response(200, json={"label": "", "labels": self.labels, "probabilities": []})
+            self.described += 1
+            return self.describes()
         images = oip.decode_request(body, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
         self.received.extend(images)
         if self.fails is not None:
             return self.fails(request)
         return scored(victim(images))
+
+
+def named(*labels: str) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(200, json={"label": "", "labels": labels, "probabilities": []})
 
 
 def victim(images: np.ndarray) -> np.ndarray:
@@ -191,6 +198,31 @@ async def test_nothing_that_is_refused_is_forwarded() -> None:
     assert upstream.requests == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_damaged_requests_are_told_apart_from_mistakes_and_leave_only_sanitized_images(seed: int) -> None:
+    """Only what this sanitizer returns is uniformly grey."""
+    upstream = Upstream()
+    upstream.describes = named("day", "night")
+    requests = [
+        tensor_request(images(2)),
+        {"content": encode_png(images(1)[0]), "headers": {"Content-Type": "image/png"}},
+    ]
+    generator = random.Random(seed)
+    async with gateway(upstream, Answers(lambda batch: torch.full_like(batch, 0.5)), labels=()) as http:
+        for count in range(100):
+            request = requests[count % 2]
+            damaged = bytearray(request["content"])
+            for _ in range(generator.randrange(4)):
+                damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+            response = await http.post("/predict", content=bytes(damaged), headers=request["headers"])
+            if response.status_code != 200:
+                assert_error(response, response.status_code)
+                assert response.status_code in (400, 413, 415, 501)
+                assert "Traceback" not in response.text
+    assert upstream.received
+    assert all(np.allclose(image, 0.5, atol=1 / 255) for image in upstream.received)
+
+
 def throws(error: Exception) -> httpx.Response:
     raise error
 
@@ -231,21 +263,93 @@ async def test_upstream_failures_keep_their_meaning_and_tell_nothing_of_the_insi
 
 async def test_without_labels_in_the_artifact_the_victim_is_asked_once_with_a_sanitized_image() -> None:
     upstream = Upstream()
-    upstream.labels = ["day", "night"]
-    white = encode_png(np.ones((1, 8, 6), np.float32))
+    upstream.describes = named("day", "night")
     async with gateway(upstream, labels=()) as http:
         for _ in range(2):
-            told = (await http.post("/predict", files={"file": white})).json()
+            told = (await http.post("/predict", files={"file": WHITE})).json()
             assert (told["label"], told["labels"]) == ("night", ["day", "night"])
     assert len(upstream.received) == 3  # two answers and one question for the names
     assert all((image == 0).all() for image in upstream.received)
 
 
-async def test_without_labels_anywhere_classes_are_named_by_number() -> None:
-    async with gateway(Upstream(), labels=()) as http:
-        told = (await http.post("/predict", files={"file": encode_png(np.zeros((1, 8, 6), np.float32))})).json()
-        assert (told["label"], told["labels"], told["probabilities"]) == ("0", ["0", "1"], [1, 0])
+async def test_concurrent_first_requests_ask_for_the_labels_once() -> None:
+    all_scored = asyncio.Event()
+
+    class Slow(Upstream):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.headers["Content-Type"] == "image/png":
+                await all_scored.wait()
+            response = await super().handle_async_request(request)
+            if self.requests - self.described == 5:
+                all_scored.set()
+            return response
+
+    upstream = Slow()
+    upstream.describes = named("day", "night")
+    async with gateway(upstream, labels=()) as http:
+        responses = await asyncio.gather(*(http.post("/predict", files={"file": WHITE}) for _ in range(5)))
+    assert [response.json()["label"] for response in responses] == ["night"] * 5
+    assert upstream.described == 1
+
+
+NAMELESS: dict[str, Callable[[], httpx.Response]] = {
+    **{str(status): partial(httpx.Response, status) for status in (400, 403, 404, 405, 413, 415, 500, 501)},
+    "no json": lambda: httpx.Response(200, content=b"plain words"),
+    "no labels": lambda: httpx.Response(200, json={"label": "day"}),
+    "labels in no list": lambda: httpx.Response(200, json={"label": "", "labels": "ab", "probabilities": []}),
+    "too few labels": named("day"),
+    "too many labels": named("day", "night", "dawn"),
+}
+
+
+@pytest.mark.parametrize("how", NAMELESS)
+async def test_a_victim_without_fitting_labels_is_asked_once_and_classes_are_named_by_number(how: str) -> None:
+    upstream = Upstream()
+    upstream.describes = NAMELESS[how]
+    async with gateway(upstream, labels=()) as http:
+        for _ in range(3):
+            told = (await http.post("/predict", files={"file": WHITE})).json()
+            assert (told["label"], told["labels"], told["probabilities"]) == ("1", ["0", "1"], [0, 1])
         assert (await http.get("/v2/models/defended")).json()["outputs"][0]["shape"] == [-1, -1]
+    assert upstream.described == 1
+
+
+@pytest.mark.parametrize("how", ["429", "503", "502", "504", "refused", "broken", "slow"])
+async def test_a_passing_failure_to_learn_the_labels_keeps_its_meaning_and_is_not_remembered(how: str) -> None:
+    fails, status = OUTAGES[how]
+    upstream = Upstream()
+    upstream.describes = lambda: fails(httpx.Request("POST", "http://victim"))
+    async with gateway(upstream, labels=()) as http:
+        response = await http.post("/predict", files={"file": WHITE})
+        assert_error(response, status)
+        assert "secret" not in response.text
+        assert response.headers.get("Retry-After") == (BUSY["Retry-After"] if status in (429, 503) else None)
+        upstream.describes = named("day", "night")
+        assert (await http.post("/predict", files={"file": WHITE})).json()["label"] == "night"
+
+
+async def test_tensor_calls_need_no_labels_and_ask_for_none() -> None:
+    upstream = Upstream()
+    async with gateway(upstream, labels=()) as http:
+        assert scores_of(await http.post("/predict", **tensor_request(images(3)))).shape == (3, 2)
+    assert upstream.described == 0
+    assert upstream.requests == 1
+
+
+@pytest.mark.parametrize("question", [tensor_request(images(1)), {"files": {"file": WHITE}}])
+async def test_scores_that_do_not_fit_the_artifacts_labels_are_refused_in_every_form(question: dict[str, Any]) -> None:
+    async with gateway(Upstream(), labels=("a", "b", "c")) as http:
+        assert_error(await http.post("/predict", **question), 502, "2 scores", "3 labels")
+
+
+async def test_another_replica_answers_when_one_cannot_be_reached() -> None:
+    def one_is_away(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "down":
+            raise httpx.ConnectError("refused")
+        return scored(np.ones((2, 2), np.float32))
+
+    async with gateway(Upstream(one_is_away), victim_url="http://down,http://up") as http:
+        assert scores_of(await http.post("/predict", **tensor_request(images(2)))).shape == (2, 2)
 
 
 async def test_metadata_says_what_the_model_takes_and_answers() -> None:

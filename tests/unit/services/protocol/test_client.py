@@ -2,7 +2,7 @@ import asyncio
 import gc
 import inspect
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.protocol import async_client, oip
+from services.protocol import async_client, oip, replicas
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.errors import (
     InvalidInput,
@@ -26,12 +26,41 @@ from services.protocol.errors import (
 from services.protocol.images import decode_image
 
 URL = "http://victim:8000"
+Answer = Callable[[], httpx.Response]
 Handler = Callable[[httpx.Request], httpx.Response] | Callable[[httpx.Request], Awaitable[httpx.Response]]
 
 
 @pytest.fixture(autouse=True)
 def _hardly_any_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_client, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(replicas, "BACKOFF_FIRST_S", 0.001)
+
+
+class Clock:
+    """Time that passes only while the client sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.pauses: list[float] = []
+        self._sleep = asyncio.sleep
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+        await self._sleep(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The client's time; its back-off is a second at first and has no jitter."""
+    clock = Clock()
+    monkeypatch.setattr(async_client, "time", clock)
+    monkeypatch.setattr(async_client.asyncio, "sleep", clock.sleep)
+    monkeypatch.setattr(replicas, "BACKOFF_FIRST_S", 1.0)
+    monkeypatch.setattr(replicas.random, "uniform", lambda _low, high: high)
+    return clock
 
 
 def images(count: int) -> np.ndarray:
@@ -50,7 +79,9 @@ def scored(scores: np.ndarray, name: str = "probabilities", binary: bool = True)
 
 
 def good(request: httpx.Request) -> httpx.Response:
-    """Scores (n, 1 - n) for the image that is filled with n."""
+    """Scores (n, 1 - n) for the image that is filled with n; health is ready."""
+    if request.method == "GET":
+        return httpx.Response(200)
     number = received(request)[:, 0, 0, :1]
     return scored(np.concatenate([number, 1 - number], axis=1))
 
@@ -60,12 +91,13 @@ def client(handler: Handler, *urls: str, **options: Any) -> AsyncVictimClient:
 
 
 def failing_first(times: int, failure: Callable[[], httpx.Response]) -> Callable[[httpx.Request], httpx.Response]:
+    """A victim that is ready, but fails for the first transmissions."""
     left = times
 
     def handler(request: httpx.Request) -> httpx.Response:
         nonlocal left
-        left -= 1
-        return failure() if left >= 0 else good(request)
+        left -= request.method == "POST"
+        return failure() if left >= 0 and request.method == "POST" else good(request)
 
     return handler
 
@@ -74,7 +106,7 @@ def throws(error: Exception) -> httpx.Response:
     raise error
 
 
-FAILURES: dict[str, tuple[Callable[[], httpx.Response], type[ServiceError]]] = {
+FAILURES: dict[str, tuple[Answer, type[ServiceError]]] = {
     "refused": (lambda: throws(httpx.ConnectError("refused")), UpstreamUnreachable),
     "connect timeout": (lambda: throws(httpx.ConnectTimeout("slow")), UpstreamUnreachable),
     "broken": (lambda: throws(httpx.ReadError("reset")), UpstreamUnreachable),
@@ -199,7 +231,7 @@ async def test_a_refused_connection_in_between_is_not_paid_for() -> None:
     failures = iter([httpx.ReadError("reset"), httpx.ConnectError("refused"), httpx.ConnectError("refused")])
 
     def handler(request: httpx.Request) -> httpx.Response:
-        error = next(failures, None)
+        error = next(failures, None) if request.method == "POST" else None
         return good(request) if error is None else throws(error)
 
     async with client(handler, patience_s=30, on_resend=resent.append) as victim:
@@ -208,38 +240,237 @@ async def test_a_refused_connection_in_between_is_not_paid_for() -> None:
 
 
 @pytest.mark.anyio
-async def test_patience_ends_when_nothing_succeeds() -> None:
-    asked = 0
+async def test_patience_ends_when_nothing_succeeds(clock: Clock) -> None:
+    methods: list[str] = []
 
-    def handler(_request: httpx.Request) -> httpx.Response:
-        nonlocal asked
-        asked += 1
+    def handler(request: httpx.Request) -> httpx.Response:
+        methods.append(request.method)
         return throws(httpx.ConnectError("refused"))
 
-    async with client(handler, patience_s=0.05) as victim:
+    async with client(handler, patience_s=10) as victim:
         with pytest.raises(UpstreamUnreachable, match="refused"):
             await victim.infer(images(1))
-    assert asked > 1
+    assert methods == ["POST", "GET", "GET", "GET", "GET"]
+    assert clock.pauses == [1, 2, 4, 3]
+
+
+class Victim:
+    """A victim that answers /predict and health from two lists, then well, and notes what it is asked."""
+
+    def __init__(self, predict: Sequence[Answer] = (), health: Sequence[Answer] = ()) -> None:
+        self.answers = {"POST": list(predict), "GET": list(health)}
+        self.asked: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(request.method)
+        answers = self.answers[request.method]
+        return answers.pop(0)() if answers else good(request)
+
+
+def status(number: int) -> Answer:
+    return lambda: httpx.Response(number)
+
+
+@pytest.mark.parametrize("failure", sorted(FAILURES.keys() - {"429"}))
+@pytest.mark.anyio
+async def test_a_victim_that_is_away_is_polled_free_of_charge(failure: str, clock: Clock) -> None:
+    resent: list[int] = []
+    away = [status(503), FAILURES["refused"][0], status(502), FAILURES["read timeout"][0], status(504)]
+    handler = Victim([FAILURES[failure][0]], away)
+    async with client(handler, patience_s=60, on_resend=resent.append) as victim:
+        assert len(await victim.infer(images(5))) == 5
+    assert handler.asked == ["POST", *["GET"] * 6, "POST"]
+    assert clock.pauses == [1, 2, 4, 5, 5, 5]
+    assert resent == ([] if failure in ("refused", "connect timeout") else [5])
+
+
+@pytest.mark.parametrize("health", [200, 302, 401, 404, 405, 429, 500])
+@pytest.mark.anyio
+async def test_any_health_but_502_503_and_504_lets_images_be_sent_again(health: int, clock: Clock) -> None:
+    handler = Victim([status(503)], [status(health)])
+    async with client(handler, patience_s=60) as victim:
+        await victim.infer(images(1))
+    assert handler.asked == ["POST", "GET", "POST"]
+    assert clock.pauses == [1]
 
 
 @pytest.mark.anyio
-async def test_retry_after_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    sleep = asyncio.sleep
+async def test_a_victim_that_is_ready_and_fails_is_given_pauses_and_ends_with_patience(clock: Clock) -> None:
+    resent: list[int] = []
+    handler = Victim([status(503)] * 99)
+    async with client(handler, patience_s=20, on_resend=resent.append) as victim:
+        with pytest.raises(Unavailable):
+            await victim.infer(images(3))
+    assert clock.pauses == [1, 2, 4, 5, 5, 3]
+    assert handler.asked == ["POST", *["GET", "POST"] * 6]
+    assert resent == [3] * 6
 
-    async def quick(seconds: float) -> None:
-        pauses.append(seconds)
-        await sleep(0)
 
-    monkeypatch.setattr(async_client.asyncio, "sleep", quick)
+@pytest.mark.anyio
+async def test_patience_lasts_as_long_as_any_request_succeeds(clock: Clock) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        is_first = request.method == "POST" and received(request)[0, 0, 0, 0] == 0
+        return httpx.Response(503) if is_first and clock.now < 1060 else good(request)
+
+    async with client(handler, patience_s=10) as victim:
+        unlucky = asyncio.create_task(victim.infer(images(1)))
+        while not unlucky.done():
+            await victim.infer(images(2)[1:])
+            await asyncio.sleep(1)
+        assert (await unlucky).shape == (1, 2)
+
+
+@pytest.mark.anyio
+async def test_a_success_makes_the_pauses_short_again(clock: Clock) -> None:
+    handler = Victim([status(503)] * 3)
+    async with client(handler, patience_s=60) as victim:
+        await victim.infer(images(1))
+        handler.answers["POST"] = [status(503)]
+        await victim.infer(images(1))
+    assert clock.pauses == [1, 2, 4, 1]
+
+
+@pytest.mark.anyio
+async def test_overload_is_waited_out_without_a_poll(clock: Clock) -> None:
+    handler = Victim([status(429)] * 3)
+    async with client(handler, patience_s=60) as victim:
+        await victim.infer(images(1))
+    assert handler.asked == ["POST"] * 4
+    assert clock.pauses == [1, 2, 4]
+
+
+@pytest.mark.anyio
+async def test_retry_after_is_honored_as_far_as_patience_lasts(clock: Clock) -> None:
     busy = httpx.Response(429, headers={"Retry-After": "7"})
     async with client(failing_first(2, lambda: busy), patience_s=30) as victim:
         await victim.infer(images(1))
-    assert pauses == [7, 7]
-    async with client(failing_first(9, lambda: busy)) as victim:
+    assert clock.pauses == [7, 7]
+    async with client(failing_first(9, lambda: busy), patience_s=10) as victim:
         with pytest.raises(Overloaded) as caught:
             await victim.infer(images(1))
     assert caught.value.retry_after == 7
+    assert clock.pauses == [7, 7, 7, 3]
+
+
+@pytest.mark.anyio
+async def test_connecting_and_health_have_five_seconds_at_most() -> None:
+    timeouts: dict[str, dict[str, float | None]] = {}
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        timeouts[request.method] = request.extensions["timeout"]
+        return good(request)
+
+    for timeout_s, quick_s in ((60.0, 5.0), (2.0, 2.0)):
+        async with client(handler, timeout_s=timeout_s) as victim:
+            await victim.infer(images(1))
+            assert await victim.ready()
+        assert timeouts["POST"] == {"connect": quick_s, "read": timeout_s, "write": timeout_s, "pool": None}
+        assert {timeouts["GET"][phase] for phase in ("connect", "read", "write")} == {quick_s}
+
+
+class Hosts:
+    """Replicas of one victim, each a handler; notes who is sent images."""
+
+    def __init__(self, **handlers: Callable[[httpx.Request], httpx.Response]) -> None:
+        self.handlers = handlers
+        self.sent: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            self.sent.append(request.url.host)
+        return self.handlers[request.url.host](request)
+
+    def client(self, **options: Any) -> AsyncVictimClient:
+        return client(self, *(f"http://{host}" for host in self.handlers), in_flight=1, **options)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.anyio
+async def test_another_replica_is_used_at_once(failure: str, clock: Clock) -> None:
+    resent: list[int] = []
+    hosts = Hosts(down=lambda _: FAILURES[failure][0](), up=good)
+    async with hosts.client(patience_s=30, on_resend=resent.append) as victim:
+        for _ in range(3):
+            await victim.infer(images(2))
+    assert hosts.sent == ["down", "up", "up", "up"]
+    assert resent == ([] if failure in ("refused", "connect timeout") else [2])
+    assert clock.pauses == []
+
+
+@pytest.mark.anyio
+async def test_a_replica_that_goes_on_failing_is_tried_ever_more_rarely(clock: Clock) -> None:
+    hosts = Hosts(down=lambda _: httpx.Response(503), up=good)
+    tried: list[float] = []
+    async with hosts.client(patience_s=30) as victim:
+        for _ in range(200):
+            before = hosts.sent.count("down")
+            await victim.infer(images(1))
+            if hosts.sent.count("down") > before:
+                tried.append(clock.now - 1000)
+            clock.now += 0.125
+    assert tried == [0, 1, 3, 7, 12, 17, 22]
+
+
+MOVING = sorted(FAILURES.keys() - {"504", "read timeout"})
+
+
+@pytest.mark.parametrize("failure", MOVING)
+@pytest.mark.anyio
+async def test_without_patience_a_failure_moves_on_once(failure: str, clock: Clock) -> None:
+    resent: list[int] = []
+    fails, kind = FAILURES[failure]
+    free = failure in ("refused", "connect timeout")
+    hosts = Hosts(down=lambda _: fails(), up=good)
+    async with hosts.client(on_resend=resent.append) as victim:
+        assert len(await victim.infer(images(2))) == 2
+    assert hosts.sent == ["down", "up"]
+    assert resent == ([] if free else [2])
+
+    alike = failing_first(9, fails)
+    hosts = Hosts(first=alike, second=alike, third=alike)
+    async with hosts.client(on_resend=resent.append) as victim:
+        with pytest.raises(kind) as caught:
+            await victim.infer(images(4))
+    assert type(caught.value) is kind
+    assert hosts.sent == ["first", "second"]
+    assert resent == ([] if free else [2, 4])
+    assert clock.pauses == []
+
+
+@pytest.mark.parametrize("failure", ["504", "read timeout"])
+@pytest.mark.anyio
+async def test_without_patience_a_time_out_is_not_waited_for_twice(failure: str, clock: Clock) -> None:
+    hosts = Hosts(down=lambda _: FAILURES[failure][0](), up=good)
+    async with hosts.client() as victim:
+        with pytest.raises(UpstreamTimeout):
+            await victim.infer(images(1))
+        await victim.infer(images(1))
+    assert hosts.sent == ["down", "up"]
+
+
+@pytest.mark.anyio
+async def test_without_patience_no_image_moves_on_to_a_replica_that_is_away_or_rests(clock: Clock) -> None:
+    hosts = Hosts(down=Victim([status(502)] * 9), away=Victim([], [status(503)]))
+    async with hosts.client() as victim:
+        with pytest.raises(UpstreamUnreachable, match="down"):
+            await victim.infer(images(1))
+        with pytest.raises(UpstreamUnreachable, match="down"):
+            await victim.infer(images(1))
+    assert hosts.sent == ["down", "down"]
+    assert clock.pauses == []
+
+
+@pytest.mark.anyio
+async def test_without_patience_a_slow_poll_does_not_bring_the_first_replica_back(clock: Clock) -> None:
+    def slow(_request: httpx.Request) -> httpx.Response:
+        clock.now += 5
+        return throws(httpx.ConnectTimeout("slow"))
+
+    down = Victim([status(503)] * 9)
+    async with Hosts(down=down, away=slow).client() as victim:
+        with pytest.raises(Unavailable):
+            await victim.infer(images(1))
+    assert down.asked == ["POST"]
 
 
 @pytest.mark.anyio
@@ -247,7 +478,8 @@ async def test_a_replica_that_fails_is_avoided_while_another_answers() -> None:
     hosts: list[str] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
-        hosts.append(request.url.host)
+        if request.method == "POST":
+            hosts.append(request.url.host)
         return httpx.Response(503, headers={"Retry-After": "60"}) if request.url.host == "down" else good(request)
 
     async with client(handler, "http://down", "http://up", in_flight=1, patience_s=0.2) as victim:
@@ -419,10 +651,10 @@ def test_what_on_resend_raises_reaches_the_caller_and_stops_the_sending() -> Non
 
     asked = 0
 
-    def handler(_request: httpx.Request) -> httpx.Response:
+    def handler(request: httpx.Request) -> httpx.Response:
         nonlocal asked
-        asked += 1
-        return httpx.Response(503)
+        asked += request.method == "POST"
+        return httpx.Response(503 if request.method == "POST" else 200)
 
     def refuse(_images: int) -> None:
         raise SpentError

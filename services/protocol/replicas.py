@@ -1,0 +1,78 @@
+"""The replicas of one victim: where each of them is, and how it fares."""
+
+import random
+from dataclasses import dataclass
+from typing import Self
+
+import httpx
+
+from services.protocol.errors import InvalidInput, Overloaded, ServiceError
+
+BACKOFF_FIRST_S = 0.1
+BACKOFF_LAST_S = 5.0
+
+_MAX_DOUBLINGS = 16  # far beyond the last back-off; without a bound the power would overflow some day
+
+
+@dataclass
+class Replica:
+    """One URL and how it fares.
+
+    Attributes:
+        url: where images are sent.
+        health: where to ask, free of charge, whether it is ready.
+        outstanding: requests sent and not answered yet.
+        failures: how often in a row it failed.
+        overloaded: whether its last failure was overload, which shows that it can be reached.
+        rests_until: when it may be asked again, in seconds of the monotonic clock.
+    """
+
+    url: str
+    health: str
+    outstanding: int = 0
+    failures: int = 0
+    overloaded: bool = False
+    rests_until: float = 0.0
+
+    @classmethod
+    def at(cls, url: str) -> Self:
+        """Reads a victim's URL: a bare host speaks at /predict, a URL with a path is used as it is.
+
+        Raises:
+            InvalidInput: it is none.
+        """
+        try:
+            parsed = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            raise InvalidInput(f"{url!r} is no URL: {error}") from error
+        port_fits = parsed.port is None or 0 < parsed.port < 2**16
+        if parsed.scheme not in ("http", "https") or not parsed.host or not port_fits:
+            raise InvalidInput(f"{url!r} is no URL of a victim; it must look like http://host:8000")
+        path = parsed.path.rstrip("/")
+        root = path.partition("/v2/")[0].removesuffix("/predict")
+        return cls(
+            url=str(parsed.copy_with(path=path or "/predict")),
+            health=str(parsed.copy_with(path=f"{root}/v2/health/ready", query=None)),
+        )
+
+    def rank(self, now: float) -> tuple[float, bool, int]:
+        """Orders replicas: first those that have rested, then by load; a failing one takes one request on trial."""
+        return max(self.rests_until - now, 0.0), self.failures > 0 and self.outstanding > 0, self.outstanding
+
+    def failed(self, now: float, *, started: float, error: ServiceError | None) -> None:
+        """Rests: exponentially longer with every failure in a row, with jitter, and as long as the error asks for.
+
+        Args:
+            now: the time.
+            started: when the question that failed was put; of many that fail together, the failures count as one.
+            error: the answer; None: it was only asked for its health.
+        """
+        backoff = min(BACKOFF_FIRST_S * 2.0 ** min(self.failures, _MAX_DOUBLINGS), BACKOFF_LAST_S)
+        pause = max(backoff * random.uniform(0.5, 1.0), (error and error.retry_after) or 0.0)
+        self.failures += started >= self.rests_until
+        self.overloaded = isinstance(error, Overloaded)
+        self.rests_until = max(self.rests_until, now + pause)
+
+    def succeeded(self) -> None:
+        """Forgets the failures; a rest that it asked for itself goes on."""
+        self.failures = 0
