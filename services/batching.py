@@ -148,9 +148,19 @@ class Batcher:
                 raise
             else:
                 for (job, _), rows in zip(parts, answers, strict=True):
-                    job.answers.append(rows)
-                    if job.taken == len(job.images) and not job.future.done():
-                        job.future.set_result(np.concatenate(job.answers))
+                    self._keep(job, rows)
+
+    def _keep(self, job: _Job, rows: Array) -> None:
+        """Keeps the answers to the part that was taken last, and answers the job once it has all of them."""
+        job.answers.append(rows)
+        if job.taken < len(job.images) or job.future.done():
+            return
+        try:
+            answer = np.concatenate(job.answers)
+        except Exception as error:  # above all: the rows of two batches differ in shape
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(answer)
 
     async def _fill(self) -> None:
         """Waits until a batch is full, or its first image has waited long enough."""
@@ -183,7 +193,11 @@ class Batcher:
     def _run_parts(self, parts: Sequence[Array]) -> list[Array]:
         """Runs in the thread: one batch, copied together so that `run` gets aligned memory of its own."""
         batch = np.concatenate(parts)
-        answers: npt.NDArray[Any] = self._run(batch)
+        try:
+            answers: npt.NDArray[Any] = self._run(batch)
+        except (StopIteration, asyncio.CancelledError, SystemExit) as error:
+            # A future takes these for signals to itself: raised as they are they would end the worker, not the request.
+            raise RuntimeError(f"the batch ended with {type(error).__name__}") from error
         if len(answers) != len(batch):
             raise RuntimeError(f"{len(batch)} images were answered with {len(answers)} rows")
         return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])

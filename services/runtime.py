@@ -3,7 +3,7 @@
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal, TypeVar
 
@@ -12,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from services.protocol.errors import ServiceError
 
 _GRACE_S = 30
 _Settings = TypeVar("_Settings", bound="ServiceSettings")
@@ -96,3 +98,36 @@ def serve(app: FastAPI, name: str, settings: ServiceSettings) -> None:
         )
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def run_service(
+    kind: type[_Settings],
+    build: Callable[[_Settings], FastAPI],
+    argv: Sequence[str] | None,
+    *,
+    errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Runs a service until it is told to end.
+
+    Args:
+        kind: the settings class.
+        build: makes the application; its title names the service.
+        argv: the arguments without the program's name; `sys.argv[1:]` when None.
+        errors: what `build` raises besides `ServiceError` and `OSError` when something is wrong outside the program.
+
+    Returns:
+        the exit code: 0, or 2 after one line on stderr.
+
+    Raises:
+        SystemExit: as `read_settings`.
+    """
+    known: tuple[type[Exception], ...] = (ServiceError, OSError, *errors)
+    settings = read_settings(kind, argv)
+    prepare(settings)
+    try:
+        app = build(settings)
+        serve(app, app.title, settings)
+    except known as error:
+        print(f"{kind.model_config.get('cli_prog_name')}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

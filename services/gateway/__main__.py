@@ -13,20 +13,17 @@ from defense.artifact import load_artifact
 from defense.errors import DefenseError
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
-from services.protocol.errors import ServiceError
-from services.runtime import prepare, read_settings, serve
+from services.runtime import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service until it is told to end."""
-    settings = read_settings(GatewaySettings, argv)
-    prepare(settings)
-    try:
-        serve(make_gateway(load_artifact(settings.artifact), settings), "gateway", settings)
-    except (DefenseError, ServiceError, OSError) as error:
-        print(f"python -m services.gateway: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_service(
+        GatewaySettings,
+        lambda settings: make_gateway(load_artifact(settings.artifact), settings),
+        argv,
+        errors=(DefenseError,),
+    )
 
 
 if __name__ == "__main__":

@@ -12,21 +12,12 @@ from collections.abc import Sequence
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import load_victim
-from services.protocol.errors import ServiceError
-from services.runtime import prepare, read_settings, serve
+from services.runtime import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service until it is told to end."""
-    settings = read_settings(HospitalSettings, argv)
-    prepare(settings)
-    try:
-        model, config = load_victim(settings.model)
-        serve(make_hospital(model, config, settings), "hospital", settings)
-    except (ServiceError, OSError) as error:
-        print(f"python -m services.hospital: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_service(HospitalSettings, lambda settings: make_hospital(*load_victim(settings.model), settings), argv)
 
 
 if __name__ == "__main__":

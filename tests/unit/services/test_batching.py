@@ -82,6 +82,30 @@ async def test_a_wrong_number_of_rows_is_a_failure() -> None:
             await batcher(images(2))
 
 
+async def test_batches_with_rows_of_different_shapes_fail_their_request_and_no_other() -> None:
+    async with Batcher(
+        lambda batch: np.ones((len(batch), len(batch)), np.float32), max_batch=4, max_delay_s=0
+    ) as batcher:
+        with pytest.raises(ValueError, match="dimension"):
+            await asyncio.wait_for(batcher(images(6)), timeout=30)
+        assert (await asyncio.wait_for(batcher(images(3)), timeout=30)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("kind", [StopIteration, asyncio.CancelledError, SystemExit])
+async def test_no_failure_ends_the_work(kind: type[BaseException]) -> None:
+    failures = iter([kind()])
+
+    def run(batch: Array) -> Array:
+        for failure in failures:
+            raise failure
+        return batch
+
+    async with Batcher(run, max_batch=4, max_delay_s=0) as batcher:
+        with pytest.raises(RuntimeError, match=kind.__name__):
+            await asyncio.wait_for(batcher(images(1)), timeout=30)
+        assert (await asyncio.wait_for(batcher(images(2)), timeout=30)).shape == (2, 1)
+
+
 async def test_a_canceled_request_leaves_the_queue_and_blocks_nobody() -> None:
     recorder = Recorder()
     recorder.gate.clear()

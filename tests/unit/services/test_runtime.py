@@ -1,14 +1,16 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from fastapi import FastAPI
 
+from services import runtime
 from services.device import resolve_device
 from services.gateway.__main__ import main as gateway
 from services.gateway.config import GatewaySettings
 from services.hospital.__main__ import main as hospital
 from services.hospital.config import HospitalSettings
 from services.protocol.errors import ServiceError
-from services.runtime import read_settings
+from services.runtime import ServiceSettings, read_settings, run_service
 
 Main = Callable[[Sequence[str]], int]
 
@@ -83,6 +85,31 @@ def test_a_missing_model_ends_with_one_clear_line(
     told = capsys.readouterr().err
     assert "nowhere" in told
     assert told.count("\n") == 1
+
+
+def test_a_service_is_built_from_its_settings_and_served_under_its_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[tuple[str, ServiceSettings]] = []
+    monkeypatch.setattr(runtime, "serve", lambda app, name, settings: served.append((name, settings)))
+    arguments = ["--model", "here", "--port", "5678"]
+    assert run_service(HospitalSettings, lambda settings: FastAPI(title=str(settings.model)), arguments) == 0
+    assert served == [("here", read_settings(HospitalSettings, arguments))]
+
+
+@pytest.mark.parametrize("error", [ServiceError("no device"), OSError("no port"), KeyError("no artifact")])
+def test_known_errors_end_with_one_clear_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def build(_settings: HospitalSettings) -> FastAPI:
+        raise error
+
+    assert run_service(HospitalSettings, build, ["--model", "here"], errors=(KeyError,)) == 2
+    assert capsys.readouterr().err == f"python -m services.hospital: error: {error}\n"
+
+
+def test_errors_of_the_program_itself_are_not_hidden() -> None:
+    def build(_settings: HospitalSettings) -> FastAPI:
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        run_service(HospitalSettings, build, ["--model", "here"])
 
 
 def test_devices_that_are_not_here_are_refused() -> None:
