@@ -30,7 +30,8 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("Content-Length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
+        # Longer than any true length, a number is not even parsed: Python refuses to beyond some thousand digits.
+        if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_bytes):
             error = self._error()
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return

@@ -57,6 +57,14 @@ async def test_a_body_that_lies_about_its_length_is_counted() -> None:
         assert response.status_code == 413
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(("declared", "status"), [(b"9" * 5000, 413), (b"\xb2", 200), (b"none", 200)])
+async def test_a_declared_length_that_is_no_usable_number_is_no_crash(declared: bytes, status: int) -> None:
+    async with client(8) as http:
+        response = await http.post("/", content=b"x", headers={b"Content-Length": declared})
+        assert response.status_code == status
+
+
 def test_known_encodings_are_inflated() -> None:
     for encoding, body in ((None, b"abc"), ("identity", b"abc"), ("gzip", gzip.compress(b"abc"))):
         assert inflate(body, encoding, max_bytes=3) == b"abc"
