@@ -6,8 +6,8 @@ are untargeted and maximise (or, for DDN, use) the cross-entropy of the model's 
 | name     | norm  | steps | step / epsilon | start  | source                                      |
 |----------|-------|-------|----------------|--------|---------------------------------------------|
 | `fgsm`   | L-inf | 1     | 1              | image  | Goodfellow et al., ICLR 2015                |
-| `pgd`    | L-inf | 20    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
-| `pgd-l2` | L2    | 20    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
+| `pgd`    | L-inf | 40    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
+| `pgd-l2` | L2    | 40    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
 | `ddn`    | L2    | 100   | decoupled      | image  | Rony et al., CVPR 2019: minimum norm        |
 
 DDN is minimum-norm: it takes no epsilon (None) and returns the closest adversarial image it saw. foolbox's DDN does not
@@ -78,8 +78,8 @@ def _ddn(steps: int) -> Any:
 
 ATTACKS: dict[str, Attack] = {
     "fgsm": Attack(norm="linf", steps=1, minimum_norm=False, build=_fgsm),
-    "pgd": Attack(norm="linf", steps=20, minimum_norm=False, build=_pgd),
-    "pgd-l2": Attack(norm="l2", steps=20, minimum_norm=False, build=_pgd_l2),
+    "pgd": Attack(norm="linf", steps=40, minimum_norm=False, build=_pgd),
+    "pgd-l2": Attack(norm="l2", steps=40, minimum_norm=False, build=_pgd_l2),
     "ddn": Attack(norm="l2", steps=100, minimum_norm=True, build=_ddn),
 }
 

@@ -25,7 +25,7 @@ from training import cli, pretrain
 from training.checkpoint import Journal
 from training.datasets import PHANTOM, dataset_name
 from training.processes import run_verb, service
-from training.victim_fit import REPORT_NAME
+from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ The attacker above knows the model, not the gateway: that is the weakest rung of
 To try next (in .venv; each service keeps its terminal):
   python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
   python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080
-  curl -F file=@scan.png http://127.0.0.1:8080/predict
+  curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict
   python -m training.certify --url http://127.0.0.1:8080 --name zo-ds {same_data} --limit 20
   python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\
       --pretrained {pretrained} --sanitizer denoiser --max-queries 200000 --out {larger}""")

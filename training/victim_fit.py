@@ -4,8 +4,8 @@
     python -m training.victim_fit --data ../shared/data/brain_mri --out artifacts/victim
 
 Ordinary supervised training without any defence, on splits that no near-duplicate crosses. The epoch with the best
-validation accuracy is kept; the test images are classified once, at the end. Writes `model.safetensors` and
-`report.json`.
+validation accuracy is kept; the test images are classified once, at the end. Writes `model.safetensors`,
+`report.json`, and `example.png`, a test image to try a service with.
 """
 
 import argparse
@@ -24,21 +24,25 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.files import replace_file
 from services.device import resolve_device
 from services.hospital.model import VictimConfig, build_victim, save_victim
+from services.protocol.images import encode_png
 from training import cli
 from training.datasets import ImageSet, Splits, load_data
 from training.provenance import settings_of, versions
 
 REPORT_NAME: Final = "report.json"
+EXAMPLE_NAME: Final = "example.png"
 
 _DEPTHS: Final = get_args(VictimConfig.model_fields["depth"].annotation)
 _BATCH: Final = 64
 _SCORING_BATCH: Final = 256
 _LEARNING_RATE: Final = 4e-3
 _WEIGHT_DECAY: Final = 0.02
+_AVERAGING: Final = 0.99  # share of the averaged weights that a step keeps
 _MAX_ANGLE: Final = math.radians(12)
 _MAX_SCALE: Final = 0.1
 _MAX_SHIFT: Final = 0.08  # of half the side
@@ -102,8 +106,9 @@ def score(model: nn.Module, data: ImageSet, classes: int, device: torch.device) 
 def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
     """Trains the model in place and leaves it as it was at its best epoch.
 
-    AdamW with a one-cycle learning rate; the best epoch is that of the highest validation accuracy, of several the one
-    with the lowest validation loss.
+    AdamW with a one-cycle learning rate. What is validated and kept is the exponential average of the weights over the
+    last hundred steps or so: the weights themselves swing by many per cent from one epoch to the next. The best epoch
+    is that of the highest validation accuracy, of several the one with the lowest validation loss.
 
     Args:
         model: On `device`.
@@ -121,6 +126,7 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
     steps = math.ceil(len(images) / _BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=epochs * steps, pct_start=0.2)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING), use_buffers=True)
     best_rank, best_epoch, best_state = (-1.0, 0.0), 0, model.state_dict()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -133,11 +139,12 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
             loss.backward()
             optimizer.step()
             schedule.step()
+            averaged.update_parameters(model)
             total += loss.item() * len(chosen)
-        validation = score(model, splits.validation, classes, device)
+        validation = score(averaged.module, splits.validation, classes, device)
         rank = (validation.accuracy, -validation.loss)
         if rank > best_rank:
-            best_rank, best_epoch, best_state = rank, epoch, copy.deepcopy(model.state_dict())
+            best_rank, best_epoch, best_state = rank, epoch, copy.deepcopy(averaged.module.state_dict())
         _log.info(
             "epoch %d/%d: training loss %.3f, validation loss %.3f, accuracy %.1f%%%s",
             epoch,
@@ -203,8 +210,9 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     path = save_victim(arguments.out, model, config)
     replace_file(arguments.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+    replace_file(arguments.out / EXAMPLE_NAME, encode_png(splits.test.images[0].numpy()))
     _print_score(scores["test"], splits.labels)
-    print(f"Written: {path} and {REPORT_NAME}, after {report['seconds']} s")
+    print(f"Written: {path}, {REPORT_NAME} and {EXAMPLE_NAME}, after {report['seconds']} s")
     return 0
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from services.hospital.model import load_victim
+from services.protocol.images import decode_image
 from training import victim_fit
 from training.datasets import ImageSet, Splits
 from training.phantoms import BRAIN_LABELS, brain_phantoms
@@ -40,7 +41,9 @@ def test_command_writes_a_victim_and_its_report(
     assert report["test"]["accuracy"] == right / 16
     assert sum(entry["correct"] for entry in report["test"]["classes"].values()) == right
     assert {entry["count"] for entry in report["test"]["classes"].values()} == {4}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "report.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["example.png", "model.safetensors", "report.json"]
+    example = decode_image((tmp_path / "example.png").read_bytes(), channels=1, size=(32, 32))
+    assert torch.from_numpy(example).allclose(splits.test.images[0], atol=1 / 255)
     assert f"({right} of 16)" in capsys.readouterr().out
 
 
