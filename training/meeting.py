@@ -9,6 +9,7 @@ from defense.errors import InvalidAnswer
 from defense.objectives import ScoreKind
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim, probe
+from services.protocol.errors import TRANSIENT, ServiceError
 from training.cli import UserError
 from training.measuring import Endpoint
 
@@ -38,11 +39,12 @@ def meet(
         seed: Of noise and directions.
 
     Returns:
-        The victim's names of its classes, in the order of its scores.
+        The victim's names of its classes, in the order of its scores; numbers where it refuses to name them.
 
     Raises:
         BudgetExhausted: The budget does not hold the probe.
         InvalidAnswer: The answers are no scores, or the names do not fit them.
+        ServiceError: The victim stayed away.
     """
     if not client.ready():
         logger.info("the victim does not say that it is ready; asking it all the same, and waiting for it")
@@ -69,7 +71,8 @@ def meet_again(victim: MeteredVictim, client: Endpoint, labels: list[str], kind:
 
     Raises:
         UserError: It names other classes now.
-        InvalidAnswer: It names none.
+        InvalidAnswer: The names do not fit its scores.
+        ServiceError: The victim stayed away.
     """
     victim.kind, victim.num_classes = kind, len(labels)
     remaining = victim.ledger.remaining
@@ -78,8 +81,16 @@ def meet_again(victim: MeteredVictim, client: Endpoint, labels: list[str], kind:
 
 
 def _ask_labels(victim: MeteredVictim, client: Endpoint, image: Tensor) -> list[str]:
+    """The victim's names of its classes; numbers, where it speaks tensors only and so has no place for names."""
+    assert victim.num_classes is not None  # probed
     victim.ledger.charge("probe", 1)
-    labels = client.describe(image).get("labels")
+    try:
+        labels = client.describe(image).get("labels")
+    except TRANSIENT:
+        raise
+    except ServiceError as error:
+        logger.info("the victim does not name its classes, so they are numbered: %s", error)
+        return [str(index) for index in range(victim.num_classes)]
     if not isinstance(labels, list) or len(labels) != victim.num_classes or not all(isinstance(x, str) for x in labels):
         raise InvalidAnswer(f"the victim answers {victim.num_classes} scores, but names its classes {labels!r}")
     logger.info("the victim's classes: %s", ", ".join(labels))

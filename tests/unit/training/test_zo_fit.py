@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defense.artifact import load_artifact
-from services.protocol.errors import UpstreamUnreachable
+from services.protocol.errors import UnsupportedMedia, UpstreamUnreachable
 from training import pretrain, zo_fit
 from training.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
 from training.datasets import ImageSet, Splits
@@ -43,6 +43,7 @@ class Endpoint:
         self.fails_after: int | None = None
         self.answer = None
         self.labels: object = LABELS
+        self.refuses_images = False
         self.urls: list[str] = []
 
     @contextmanager
@@ -63,6 +64,8 @@ class Endpoint:
 
     def describe(self, image: Tensor) -> dict[str, object]:
         self.received += 1
+        if self.refuses_images:
+            raise UnsupportedMedia("the victim at http://victim/predict answered 415: tensors only")
         return {"label": "left", "labels": self.labels, "probabilities": []}
 
     def ready(self) -> bool:
@@ -263,6 +266,13 @@ def test_a_victim_whose_labels_do_not_fit_its_scores_is_refused(fit, endpoint, c
     endpoint.labels = labels
     assert fit("--steps", "1") == 2
     assert "answers 2 scores, but names its classes" in capsys.readouterr().err
+
+
+def test_the_classes_of_a_victim_that_takes_tensors_only_are_numbered(fit, endpoint, tmp_path):
+    endpoint.refuses_images = True
+    assert fit("--steps", "1") == 0
+    assert load_artifact(tmp_path / "out").manifest.labels == ["0", "1"]
+    assert fit("--steps", "2", "--resume") == 0
 
 
 def test_another_victim_behind_the_url_is_noticed_on_resuming(fit, endpoint, capsys):
