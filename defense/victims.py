@@ -146,7 +146,8 @@ class ProbeReport:
         num_classes: K.
         kind: Whether the scores are probabilities or logits.
         noise: Standard deviation of the stability loss between answers to one and the same image (s in the theory).
-        response: Median absolute change of the stability loss along one random direction.
+        response: Root mean square change of the stability loss along one random direction an image; like the noise,
+            and like a batch's gradient, it is decided by the images on which the victim is unsure.
         mu: The length of that move, in the L2 norm of the space where the estimator steps.
     """
 
@@ -203,7 +204,7 @@ def probe(victim: MeteredVictim, images: Tensor, moved: Tensor, mu: float) -> Pr
     # The difference of two equally noisy losses has twice the variance of one.
     squares = torch.stack([(losses[1] - losses[0]).square(), (losses[2] - losses[0]).square()])
     noise = (squares.mean() / 2).sqrt().item()
-    response = (stability_loss(stepped, targets, kind) - losses[0]).abs().median().item()
+    response = (stability_loss(stepped, targets, kind) - losses[0]).square().mean().sqrt().item()
     return ProbeReport(first.shape[1], kind, noise, response, mu)
 
 

@@ -87,6 +87,17 @@ def test_the_probe_measures_the_noise_of_a_noisy_victim():
     assert "NOT resolved" in report.describe()
 
 
+def test_images_on_which_the_victim_is_sure_do_not_hide_that_a_step_is_resolved():
+    def sure_of_bright_images(batch: Tensor) -> Tensor:
+        score = 1000 * batch.flatten(1).mean(1)
+        return torch.stack([score, 0 * score], dim=1).softmax(1)
+
+    batch = torch.cat([torch.ones(5, 1, 8, 8), torch.zeros(1, 1, 8, 8)])
+    moved = torch.cat([torch.ones(5, 1, 8, 8) - 1e-3, torch.full((1, 1, 8, 8), 1e-3)])
+    report = probe(MeteredVictim(sure_of_bright_images, QueryLedger()), batch, moved, mu=0.008)
+    assert report.resolves_mu
+
+
 def test_an_image_whose_answer_depends_on_its_batch_counts_as_noise():
     def position_dependent(batch: Tensor) -> Tensor:
         first = softmax_victim(batch)
