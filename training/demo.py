@@ -29,8 +29,12 @@ from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 
 logger = logging.getLogger(__name__)
 
-_METHODS: Final = {"zo-ds": "denoiser", "zo-ae-ds": "denoiser+autoencoder"}
-"""The learned defences, by name, with the sanitizer that makes them."""
+_METHODS: Final = {
+    # At 4096 dimensions, the same number of directions spent on more images learns more (docs/experiments.md).
+    "zo-ds": ["--sanitizer", "denoiser", "--batch", "128", "--directions", "4"],
+    "zo-ae-ds": ["--sanitizer", "denoiser+autoencoder"],
+}
+"""The learned defences, by name, with the flags that make them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,10 +75,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
         pretrained = _pretrained(data, pretrain_steps, out, log)
         defences = {"mse": pretrained / "denoiser"}
-        for name, sanitizer in _METHODS.items():
+        for name, method in _METHODS.items():
             defences[name] = out / name
-            fixed = [*data, "--pretrained", str(pretrained), "--sanitizer", sanitizer]
-            _learn(hospital, fixed, max_queries, out / name, log)
+            _learn(hospital, [*data, "--pretrained", str(pretrained), *method], max_queries, out / name, log)
         gateways: list[str] = []
         for name, artifact in defences.items():
             flags = ["--artifact", str(artifact), "--victim-url", hospital]
@@ -158,7 +161,7 @@ def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Pa
 
 def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float) -> None:
     same_data = shlex.join(data)
-    pretrained, defence, larger = (shlex.quote(str(out / name)) for name in ("pretrained", "zo-ds", "zo-ds-larger"))
+    pretrained, defence, other = (shlex.quote(str(out / name)) for name in ("pretrained", "zo-ds", "zo-ae-ds-cge"))
     print(f"""
 Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.
 Rows: `none` is the bare model; `mse` a denoiser that cost no query; `zo-ds` and `zo-ae-ds` learned from queries.
@@ -170,7 +173,7 @@ To try next (in .venv; each service keeps its terminal):
   curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict
   python -m training.certify --url http://127.0.0.1:8080 --name zo-ds {same_data} --limit 20
   python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\
-      --pretrained {pretrained} --sanitizer denoiser --max-queries 200000 --out {larger}""")
+      --pretrained {pretrained} --estimator cge --batch 4 --max-queries 100000 --out {other}""")
 
 
 if __name__ == "__main__":
