@@ -17,5 +17,6 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ServiceError(f"device {name!r} cannot be used here: {error}") from error
+        told = str(error).partition("\n")[0]  # torch adds lines about debugging CUDA
+        raise ServiceError(f"device {name!r} cannot be used here: {told}") from error
     return device

@@ -118,3 +118,12 @@ def test_devices_that_are_not_here_are_refused() -> None:
     for name in ("abacus", "cuda:99"):
         with pytest.raises(ServiceError, match=name):
             resolve_device(name)
+
+
+def test_a_device_that_torch_refuses_in_many_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr("torch.empty", refuse)
+    with pytest.raises(ServiceError, match=r"cannot be used here: CUDA error: out of memory$"):
+        resolve_device("cpu")
