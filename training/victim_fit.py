@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.files import replace_file
 from services.device import resolve_device
-from services.hospital.model import VictimConfig, build_victim, save_victim
+from services.hospital.model import FILE_NAME, VictimConfig, build_victim, victim_bytes
 from services.protocol.images import encode_png
 from training import cli
 from training.datasets import ImageSet, Splits, load_data
@@ -158,13 +158,35 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
     return best_epoch
 
 
+def save_victim(folder: Path, model: nn.Module, config: VictimConfig) -> Path:
+    """Writes the victim's file whole, making the folder where needed.
+
+    Args:
+        folder: The victim's folder.
+        model: What `build_victim(config)` built, trained.
+        config: Its configuration.
+
+    Returns:
+        The path of the file.
+    """
+    path = folder / FILE_NAME
+    replace_file(path, victim_bytes(model, config))
+    return path
+
+
 def data_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the splits on which the victim in `folder` was trained; None where no report tells."""
+    """The fingerprint of the splits on which the victim in `folder` was trained; None where it has no report.
+
+    Raises:
+        UserError: There is a report, and it is none of this command's.
+    """
+    path = folder / REPORT_NAME
     try:
-        told = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(json.loads(path.read_bytes())["fingerprint"])
+    except FileNotFoundError:
         return None
-    return str(told)
+    except (ValueError, LookupError, TypeError) as error:
+        raise cli.UserError(f"{path} is no report of victim_fit: train the victim again, or remove it") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ A victim directory holds `model.safetensors`: the weights, and in the header's m
 Nothing that is loaded here can execute code.
 """
 
-import os
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -100,32 +99,15 @@ def build_victim(config: VictimConfig) -> nn.Module:
     return nn.Sequential(_Normalize(), model)
 
 
-def save_victim(directory: str | Path, model: nn.Module, config: VictimConfig) -> Path:
-    """Writes the victim's file atomically, making the directory where needed.
+def victim_bytes(model: nn.Module, config: VictimConfig) -> bytes:
+    """What a victim's file holds; `load_victim` reads it.
 
     Args:
-        directory: The victim's directory.
         model: What `build_victim(config)` built, trained.
         config: Its configuration.
-
-    Returns:
-        The path of the file.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    data = save(state, metadata={"format": FORMAT, "config": config.model_dump_json()})
-    path = directory / FILE_NAME
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return save(state, metadata={"format": FORMAT, "config": config.model_dump_json()})
 
 
 def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:

@@ -12,10 +12,11 @@ import torch
 
 from defense.artifact import Provenance, save_artifact
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
-from services.hospital.model import VictimConfig, build_victim, save_victim
+from services.hospital.model import VictimConfig, build_victim
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import UpstreamUnreachable
 from services.protocol.images import encode_png
+from training.victim_fit import save_victim
 
 CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
 SHAPE = ImageShape(channels=1, height=32, width=32)

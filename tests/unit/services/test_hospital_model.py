@@ -6,8 +6,9 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
-from services.hospital.model import FORMAT, VictimConfig, VictimFileError, build_victim, load_victim, save_victim
+from services.hospital.model import FORMAT, VictimConfig, VictimFileError, build_victim, load_victim
 from services.protocol.errors import ServiceError
+from training.victim_fit import save_victim
 
 LABELS = ("a", "b", "c")
 
@@ -109,7 +110,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("services.hospital.model.os.fsync", fail)
+    monkeypatch.setattr("defense.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_victim(tmp_path, build_victim(config), config)
     assert path.read_bytes() == before

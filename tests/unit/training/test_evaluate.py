@@ -64,6 +64,16 @@ def test_a_victim_trained_on_another_split_is_told(
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_victims_report_that_is_none_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "report.json").write_text(content)
+    assert run(tmp_path / "r.json", "--victim", str(tmp_path)) == 2
+    assert "is no report of victim_fit" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("world")
 def test_accuracy_with_and_without_the_gateway_is_what_the_closed_form_says(tmp_path: Path) -> None:
     assert run(tmp_path / "r.json", "--attacks", "fgsm,pgd", "--epsilons-linf", "2,8") == 0
     rows = read_rows(tmp_path / "r.json")
