@@ -85,7 +85,7 @@ def test_the_id_follows_the_content(tmp_path, sanitizer):
 
 @pytest.mark.parametrize("written", [0, 1])
 def test_a_save_that_fails_leaves_the_old_artifact(saved, sanitizer, monkeypatch, written):
-    before = load_artifact(saved).manifest
+    before, files = load_artifact(saved).manifest, files_of(saved)
     with torch.no_grad():
         next(sanitizer.parameters()).add_(1)
     calls = []
@@ -100,6 +100,8 @@ def test_a_save_that_fails_leaves_the_old_artifact(saved, sanitizer, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         save(saved, sanitizer)
     assert load_artifact(saved).manifest == before
+    assert set(files) <= set(files_of(saved))
+    assert len(files_of(saved)) == len(files) + written  # the new weights, which the next save removes
 
 
 def test_a_new_artifact_replaces_the_old_one_and_its_weights(saved, sanitizer):

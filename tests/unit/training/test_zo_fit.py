@@ -248,7 +248,7 @@ def test_resuming_with_other_settings_is_refused_by_name(fit, capsys, tmp_path):
         (lambda images: torch.full((len(images), 2), float("nan")), "not finite"),
         (lambda images: torch.full((len(images) - 1, 2), 0.5), "shape"),
         (lambda images: torch.full((len(images), 2), 7.0), "no distribution"),
-        (lambda images: torch.full((len(images), 3), 1 / 3), ", 2)"),
+        (lambda images: torch.full((len(images), 3), 1 / 3), "expected (4, 2)"),
     ],
 )
 def test_a_victim_that_begins_to_answer_nonsense_stops_the_run_and_the_checkpoint_stays(
