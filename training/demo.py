@@ -30,7 +30,7 @@ from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 logger = logging.getLogger(__name__)
 
 _METHODS: Final = {
-    # At 4096 dimensions, the same number of directions spent on more images learns more (docs/experiments.md).
+    # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
     "zo-ds": ["--sanitizer", "denoiser", "--batch", "128", "--directions", "4"],
     "zo-ae-ds": ["--sanitizer", "denoiser+autoencoder"],
 }
@@ -117,13 +117,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         UserError: The parts that are there were made with other settings.
     """
     path = out / "demo.json"
-    text = json.dumps(settings) + "\n"
-    if path.exists() and path.read_text() != text:
+    now = json.dumps(settings)
+    if not path.exists():
+        replace_file(path, f"{now}\n".encode())
+    elif (before := path.read_text().strip()) != now:
         raise cli.UserError(
-            f"{out} was made with other settings ({path.read_text().strip()}, now {text.strip()}): "
+            f"{out} was made with other settings ({before}, now {now}): "
             "use the same, name another --out, or remove that folder"
         )
-    replace_file(path, text.encode())
 
 
 def _victim(epochs: int | None, data: list[str], out: Path, log: Path) -> Path:

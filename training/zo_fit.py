@@ -226,10 +226,9 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
     """The sanitizer to start from; pre-trains it where --pretrained names none."""
-    if arguments.pretrained is not None:
-        return pretrain.load(arguments.pretrained, arguments.sanitizer, splits, arguments.sigma)
-    folder = arguments.out / "pretrained"
-    pretrain.fit(arguments, splits, folder)
+    folder: Path = arguments.pretrained or arguments.out / "pretrained"
+    if arguments.pretrained is None:
+        pretrain.fit(arguments, splits, folder)
     return pretrain.load(folder, arguments.sanitizer, splits, arguments.sigma)
 
 
