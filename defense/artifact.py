@@ -42,7 +42,7 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["mse", "zo-ds", "zo-ae-ds"]
-    estimator: dict[str, JsonValue] | None
+    estimator: JsonValue
     data: str
     data_fingerprint: str
     settings: dict[str, JsonValue]

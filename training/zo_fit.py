@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,6 @@ from tqdm import tqdm
 
 from defense.artifact import Provenance, save_artifact
 from defense.errors import InvalidAnswer
-from defense.estimators import (
-    CoordinateGradientEstimator,
-    Difference,
-    Estimator,
-    RandomGradientEstimator,
-    Sampling,
-)
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.victims import MeteredVictim, QueryLedger
@@ -42,7 +35,8 @@ from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.meeting import meet, meet_again
 from training.provenance import settings_of, versions
-from training.zo_trainer import FitSettings, Trainer, Validation
+from training.zo_options import add_zo_arguments, build_estimator, fit_settings, recorded, refuse_impossible
+from training.zo_trainer import Trainer, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -61,49 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.zo_fit", description=__doc__.partition("\n")[0])
     cli.add_data_arguments(parser)
     cli.add_device_argument(parser)
-    victim = parser.add_argument_group("the victim")
-    victim.add_argument("--victim-url", action="append", required=True, help="repeat it for replicas of one victim")
-    victim.add_argument("--max-queries", type=cli.positive_int, default=40_000, help="hard budget (default 40000)")
-    victim.add_argument(
-        "--patience", type=cli.positive_float, default=120.0, help="seconds to wait for a victim that is away"
-    )
-    victim.add_argument("--batch-images", type=cli.positive_int, default=256, help="images a request (default 256)")
-    victim.add_argument("--in-flight", type=cli.positive_int, default=4, help="requests at once (default 4)")
-
-    method = parser.add_argument_group("the method")
-    method.add_argument(
-        "--sanitizer",
-        choices=pretrain.SANITIZERS,
-        default="denoiser+autoencoder",
-        help="denoiser+autoencoder: ZO-AE-DS, the default; denoiser: ZO-DS, the gradient is estimated at the image",
-    )
-    method.add_argument("--estimator", choices=("rge", "cge"), default="rge", help="random or coordinate directions")
-    method.add_argument("--directions", type=cli.positive_int, default=20, help="q of RGE (default 20)")
-    method.add_argument("--sampling", choices=get_args(Sampling), default="sphere", help="RGE's directions")
-    method.add_argument(
-        "--difference", choices=get_args(Difference), help="default: forward for RGE, central for CGE, as published"
-    )
-    method.add_argument("--mu", type=cli.positive_float, default=0.005, help="step, in L2 norm (default 0.005)")
-    method.add_argument("--batch", type=cli.positive_int, default=32, help="images an optimiser step (default 32)")
-    method.add_argument("--learning-rate", type=cli.positive_float, default=3e-5, help="Adam's (default 3e-5)")
-    method.add_argument(
-        "--mse-weight", type=cli.non_negative_float, default=50.0, help="weight of the MSE term (default 50; 0: none)"
-    )
-    method.add_argument("--clip", type=cli.positive_float, default=1.0, help="bound on the gradient norm (default 1)")
-    method.add_argument("--steps", type=cli.positive_int, help="at most so many steps; default: the budget decides")
-    method.add_argument("--validation-images", type=cli.positive_int, default=512, help="at most so many (default 512)")
-    method.add_argument("--validate-every", type=cli.positive_int, default=10, help="steps (default 10)")
-
-    start = parser.add_argument_group("where it starts and ends")
-    start.add_argument(
-        "--pretrained",
-        type=Path,
-        help="what training.pretrain wrote, its models as they are; default: pre-train first, into OUT/pretrained",
-    )
-    pretrain.add_model_arguments(start)
-    start.add_argument("--out", type=Path, default=Path("artifacts/defense"), help="folder of artifact and checkpoint")
-    start.add_argument("--checkpoint-every", type=cli.positive_int, default=5, help="steps (default 5)")
-    start.add_argument("--resume", action="store_true", help="continue the run in OUT, its ledger intact")
+    add_zo_arguments(parser)
     return parser
 
 
@@ -134,7 +86,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         else:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
-        _refuse_too_many_directions(arguments, start)
+        refuse_impossible(arguments, start)
         start.requires_grad_(True).to(device)
 
         spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
@@ -158,10 +110,10 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         trainer = Trainer(
             sanitizer=start,
             victim=victim,
-            estimator=_estimator(arguments),
+            estimator=build_estimator(arguments),
             images=splits.train.images,
             validation_images=_some(splits.validation.images, arguments.validation_images, arguments.seed),
-            settings=_fit_settings(arguments),
+            settings=fit_settings(arguments),
             folder=out,
             run_state={
                 "settings": settings,
@@ -185,7 +137,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         queries=ledger.spent,
         provenance=Provenance(
             method="zo-ds" if arguments.sanitizer == "denoiser" else "zo-ae-ds",
-            estimator={"name": arguments.estimator, **vars(trainer.estimator)},
+            estimator=recorded(trainer.estimator),
             data=splits.name,
             data_fingerprint=splits.fingerprint,
             settings=settings,
@@ -232,40 +184,9 @@ def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
     return pretrain.load(folder, arguments.sanitizer, splits, arguments.sigma)
 
 
-def _refuse_too_many_directions(arguments: argparse.Namespace, sanitizer: Sanitizer) -> None:
-    dimension = sanitizer.border_dimension
-    if arguments.estimator == "rge" and arguments.sampling == "orthonormal" and arguments.directions > dimension:
-        raise cli.UserError(
-            f"--sampling orthonormal has at most {dimension} directions here, not {arguments.directions}: "
-            "lower --directions"
-        )
-
-
 def _some(images: Tensor, count: int, seed: int) -> Tensor:
     """At most `count` of the images, at random: they are sorted by class."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
-
-
-def _estimator(arguments: argparse.Namespace) -> Estimator:
-    if arguments.estimator == "cge":
-        return CoordinateGradientEstimator(arguments.mu, arguments.difference or "central")
-    return RandomGradientEstimator(
-        arguments.directions, arguments.mu, arguments.sampling, arguments.difference or "forward"
-    )
-
-
-def _fit_settings(arguments: argparse.Namespace) -> FitSettings:
-    return FitSettings(
-        sigma=arguments.sigma,
-        batch=arguments.batch,
-        learning_rate=arguments.learning_rate,
-        mse_weight=arguments.mse_weight,
-        clip=arguments.clip,
-        steps=arguments.steps,
-        validate_every=arguments.validate_every,
-        checkpoint_every=arguments.checkpoint_every,
-        seed=arguments.seed,
-    )
 
 
 def _train(trainer: Trainer, ledger: QueryLedger) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.errors import BudgetExhausted, DefenseError
-from defense.estimators import Estimator
+from defense.estimators import Estimator, Loss
 from defense.objectives import denoising_loss, inject_gradient, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
@@ -225,20 +225,17 @@ class Trainer:
         self.step += 1
         return estimate.loss.mean().item()
 
-    def _loss_behind_border(self, targets: Tensor, purpose: str) -> Callable[[Tensor], Tensor]:
-        """The stability loss as a function of (N, P, *shape) points at the border: decoder and victim."""
+    def _loss_behind_border(self, targets: Tensor, purpose: str) -> Loss:
+        """The stability loss at the border, where what follows are decoder and victim."""
 
-        def loss(points: Tensor) -> Tensor:
-            flat = points.flatten(0, 1)
-            with torch.no_grad():
-                scores = torch.cat(
-                    [self.victim.query(self.sanitizer.decode(chunk), purpose) for chunk in flat.split(_CHUNK)]
-                )
-            repeated = targets.repeat_interleave(points.shape[1])
+        def black_box(points: Tensor, owners: Tensor) -> Tensor:
+            scores = torch.cat(
+                [self.victim.query(self.sanitizer.decode(chunk), purpose) for chunk in points.split(_CHUNK)]
+            )
             assert self.victim.kind is not None  # probed
-            return stability_loss(scores, repeated, self.victim.kind).view(points.shape[:2])
+            return stability_loss(scores, targets[owners], self.victim.kind)
 
-        return loss
+        return Loss(black_box)
 
     def _known_targets(self, cache: Tensor, index: Tensor, images: Tensor, purpose: str) -> Tensor:
         """The victim's argmax on clean images, each asked for once in a run."""

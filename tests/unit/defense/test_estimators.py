@@ -7,6 +7,8 @@ from torch import Tensor
 from defense.estimators import (
     CoordinateGradientEstimator,
     Estimator,
+    Isotropic,
+    Loss,
     RandomGradientEstimator,
     sample_directions,
 )
@@ -15,12 +17,12 @@ D = 24
 DRAWS = 4000
 
 
-def linear(gradient: Tensor):
-    return lambda points: points @ gradient
+def linear(gradient: Tensor) -> Loss:
+    return Loss(lambda points, owners: points @ gradient)
 
 
-def quadratic(hessian: Tensor, gradient: Tensor):
-    return lambda points: 0.5 * torch.einsum("npi,ij,npj->np", points, hessian, points) + points @ gradient
+def quadratic(hessian: Tensor, gradient: Tensor) -> Loss:
+    return Loss(lambda points, owners: 0.5 * torch.einsum("ni,ij,nj->n", points, hessian, points) + points @ gradient)
 
 
 def many_estimates(estimator: Estimator, loss, z: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
@@ -65,7 +67,7 @@ def test_rge_is_unbiased_on_quadratics(gradient, sampling, difference):
     hessian = symmetric(3)
     z = torch.randn(D, generator=torch.Generator().manual_seed(5))
     true = hessian @ z + gradient
-    estimator = RandomGradientEstimator(4, mu=2.0, sampling=sampling, difference=difference)
+    estimator = RandomGradientEstimator(4, mu=2.0, where=Isotropic(sampling), difference=difference)
     estimates = many_estimates(estimator, quadratic(hessian, gradient), z)
     standard_error = estimates.std(0) / math.sqrt(DRAWS)
     assert ((estimates.mean(0) - true).abs() < 5 * standard_error).all()
@@ -83,7 +85,7 @@ def test_rge_is_unbiased_on_quadratics(gradient, sampling, difference):
 )
 @pytest.mark.parametrize("difference", ["forward", "central"])
 def test_mean_squared_error_of_rge_is_the_closed_form(gradient, sampling, directions, expected, difference):
-    estimator = RandomGradientEstimator(directions, mu=0.1, sampling=sampling, difference=difference)
+    estimator = RandomGradientEstimator(directions, mu=0.1, where=Isotropic(sampling), difference=difference)
     estimates = many_estimates(estimator, linear(gradient), torch.zeros(D))
     errors = (estimates - gradient).square().sum(1) / gradient.square().sum()
     tolerance = 5 * errors.std().item() / math.sqrt(DRAWS) + 1e-6
@@ -132,14 +134,15 @@ def test_forward_cge_is_biased_by_half_mu_times_the_diagonal_of_the_hessian(grad
 def test_all_points_go_into_one_call_and_cost_what_was_announced(estimator, evaluations, shape, count):
     calls = []
 
-    def loss(points: Tensor) -> Tensor:
-        calls.append(points.shape)
-        return points.flatten(2).sum(2)
+    def black_box(points: Tensor, owners: Tensor) -> Tensor:
+        calls.append((points.shape, owners.bincount().tolist()))
+        return points.flatten(1).sum(1)
 
     z = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-    estimate = estimator(z, loss, torch.Generator().manual_seed(0))
+    estimate = estimator(z, Loss(black_box), torch.Generator().manual_seed(0))
     assert estimator.evaluations(D) == evaluations
-    assert calls == [(count, evaluations, *shape)]
+    assert calls == [((count * evaluations, *shape), [evaluations] * count)]
+    assert estimate.spent == count * evaluations
     assert estimate.gradient.shape == z.shape
     torch.testing.assert_close(estimate.loss, z.flatten(1).sum(1), atol=1e-4, rtol=1e-4)
 

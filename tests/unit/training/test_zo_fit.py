@@ -109,11 +109,12 @@ def test_the_artifact_accounts_for_every_image_the_victim_received(fit, endpoint
     assert manifest.labels == LABELS
     assert manifest.provenance.method == "zo-ae-ds"
     assert manifest.provenance.estimator == {
-        "name": "rge",
+        "kind": "RandomGradientEstimator",
         "directions": 3,
         "mu": 0.005,
-        "sampling": "sphere",
+        "where": {"kind": "Isotropic", "sampling": "sphere"},
         "difference": "forward",
+        "combine": "unbiased",
     }
     assert Journal.total(tmp_path / "out") == endpoint.received
 

@@ -1,0 +1,105 @@
+"""What all estimators share: the loss they are given, what they answer, and what they may spend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from defense.errors import BudgetExhausted
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss at the border of the black box, for N images at once.
+
+    Attributes:
+        black_box: (N, P, *shape) points, P for each image, -> (N, P) losses. Every point costs one victim query.
+        surrogate: (N, *shape) points -> (N,) losses of a model of the black box that costs no query and can be
+            differentiated; None where there is none.
+    """
+
+    black_box: Callable[[Tensor, Tensor], Tensor]
+    surrogate: Callable[[Tensor], Tensor] | None = None
+
+    def surrogate_gradient(self, z: Tensor) -> Tensor:
+        """(N, *shape) gradient of each image's surrogate loss at its point.
+
+        Raises:
+            ValueError: There is no surrogate.
+        """
+        if self.surrogate is None:
+            raise ValueError("this estimator needs a surrogate of the black box, and the loss has none")
+        with torch.enable_grad():
+            points = z.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.surrogate(points).sum(), points)
+        return gradient
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator found.
+
+    Attributes:
+        gradient: (N, *shape) estimate of each image's gradient.
+        loss: (N,) the loss at each point; for central differences the mean over all evaluations.
+        error: (N,) the estimator's own estimate of its squared error |gradient - true gradient|^2, from what it
+            measured; each estimator says what it cannot see.
+        spent: Evaluations of the black box, over all images.
+    """
+
+    gradient: Tensor
+    loss: Tensor
+    error: Tensor
+    spent: int
+
+
+class Estimator(Protocol):
+    """The interface of all estimators."""
+
+    def evaluations(self, dimension: int) -> int:
+        """How many times the black box is evaluated for one point of `dimension` numbers, if the budget allows it."""
+        ...
+
+    def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
+        """Estimates the gradient at each of N points.
+
+        Args:
+            z: (N, *shape) points, any shape.
+            loss: Its black box is called once, with all points of all images.
+            generator: Source of the random directions, on the CPU, so that a run is the same on every device; its
+                state is the estimator's whole state.
+            budget: At most so many evaluations, over all images; None: as many as `evaluations` says.
+
+        Raises:
+            BudgetExhausted: The budget does not hold the least that this estimator needs; nothing was spent.
+        """
+        ...
+
+
+def affordable(wanted: int, fixed: int, each: int, images: int, budget: int | None) -> int:
+    """How many directions of each image a budget holds.
+
+    Args:
+        wanted: Directions an image.
+        fixed: Evaluations an image before the first direction.
+        each: Evaluations a direction.
+        images: N.
+        budget: Evaluations over all images; None: unlimited.
+
+    Returns:
+        Between 1 and `wanted`.
+
+    Raises:
+        BudgetExhausted: Not even one direction an image.
+    """
+    if budget is None:
+        return wanted
+    held = (budget // images - fixed) // each
+    if held < 1:
+        raise BudgetExhausted(
+            f"a budget of {budget} evaluations holds no direction for each of {images} images: "
+            f"at least {images * (fixed + each)} are needed"
+        )
+    return min(wanted, held)

@@ -1,0 +1,31 @@
+"""The exact gradient, for white boxes: the upper bound that no black-box method can know."""
+
+import torch
+from torch import Tensor
+
+from defense.estimators.base import Estimate, Loss
+
+
+class ExactGradient:
+    """First-order training (FO-DS, FO-AE-DS; Salman et al. 2020): automatic differentiation through the open model.
+
+    One evaluation an image; a forward and a backward pass of the victim.
+    """
+
+    def evaluations(self, dimension: int) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
+        """The gradient of each image's loss; see `Estimator`.
+
+        Raises:
+            ValueError: The loss cannot be differentiated: the victim is a black box.
+        """
+        with torch.enable_grad():
+            points = z.detach().requires_grad_(True)
+            values = loss.black_box(points, torch.arange(len(z), device=z.device))
+            if not values.requires_grad:
+                raise ValueError("the exact gradient needs an open model in process; this victim is a black box")
+            (gradient,) = torch.autograd.grad(values.sum(), points)
+        return Estimate(gradient, values.detach(), torch.zeros(len(z), device=z.device), len(z))
