@@ -29,7 +29,8 @@ def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
         raise ValueError(f"images of {height} x {width} have 1 to {min(height, width)} frequencies, not {side}")
     vertical, horizontal = cosine_basis(height, side), cosine_basis(width, side)
     plane = torch.einsum("ah,bw->abhw", vertical, horizontal).reshape(side * side, height * width)
-    return torch.kron(torch.eye(channels), plane)
+    rows: Tensor = torch.kron(torch.eye(channels), plane)
+    return rows
 
 
 def cosine_basis(length: int, count: int) -> Tensor:
