@@ -36,8 +36,8 @@ def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
 def cosine_basis(length: int, count: int) -> Tensor:
     """The first `count` orthonormal rows of the type-II discrete cosine transform: (count, length)."""
     places = (torch.arange(length) + 0.5) * math.pi / length
-    rows = torch.cos(torch.arange(count).unsqueeze(1) * places) * (2 / length) ** 0.5
-    rows[0] /= 2**0.5
+    rows = torch.cos(torch.arange(count).unsqueeze(1) * places) * math.sqrt(2 / length)
+    rows[0] /= math.sqrt(2)
     return rows
 
 
