@@ -24,7 +24,8 @@ from services.hospital.model import load_victim
 from services.protocol.client import HTTPVictim
 from training import cli
 from training.processes import service
-from training.zo_trainer import FitSettings, Trainer
+from training.zo_settings import FitSettings
+from training.zo_trainer import Trainer
 
 
 class Timed:
@@ -124,6 +125,9 @@ def _trainer(victim: Victim, arguments: argparse.Namespace, folder: Path) -> Tra
         learning_rate=1e-6,
         mse_weight=50.0,
         clip=1.0,
+        schedule="constant",
+        averaging=0.0,
+        reconstruction="kept",
         steps=None,
         validate_every=1,
         checkpoint_every=1,

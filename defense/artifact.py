@@ -26,11 +26,15 @@ MANIFEST_FILE: Final = "manifest.json"
 FORMAT: Final = "zo-gateway-artifact-1"
 
 
+MethodName = Literal["mse", "zo-ds", "zo-ae-ds", "fo-ds", "fo-ae-ds"]
+
+
 class Provenance(BaseModel):
     """How a sanitizer came to be.
 
     Attributes:
-        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds".
+        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds", or, with an open model, "fo-ds" or
+            "fo-ae-ds".
         estimator: The estimator's settings; None where no gradient was estimated.
         data: Name of the data set.
         data_fingerprint: SHA-256 of the images it was trained on.
@@ -41,7 +45,7 @@ class Provenance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["mse", "zo-ds", "zo-ae-ds"]
+    method: MethodName
     estimator: JsonValue
     data: str
     data_fingerprint: str

@@ -4,6 +4,7 @@ Stability and denoising losses of denoised smoothing (Salman et al. 2020, sectio
 equation 3); per image, so that an estimator can difference them.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -24,11 +25,20 @@ def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
     Returns:
         (...) losses in nats; finite also where a probability underflowed to zero.
     """
-    if kind == "logits":
-        log_probabilities = F.log_softmax(scores, dim=-1)
-    else:
-        log_probabilities = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
-    return -log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return -log_probabilities(scores, kind).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def log_probabilities(scores: Tensor, kind: ScoreKind, floor: float = 0.0) -> Tensor:
+    """Log-probabilities of (..., K) scores, in nats.
+
+    Args:
+        scores: (..., K) probabilities or logits.
+        kind: What the scores are.
+        floor: The least probability to answer, before the others are scaled to sum to one again; 0: none, but an
+            underflow counts as the smallest normal number, so that all stays finite.
+    """
+    logs = F.log_softmax(scores, dim=-1) if kind == "logits" else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    return F.log_softmax(logs.clamp_min(math.log(floor)), dim=-1) if floor else logs
 
 
 def denoising_loss(sanitized: Tensor, clean: Tensor) -> Tensor:

@@ -90,6 +90,12 @@ class Sanitizer(nn.Module):
         """Sanitizes (N, C, H, W) finite images of any range; the result lies in [0, 1]."""
         return self.decode(self.encode(images))
 
+    def denoiser_alone(self) -> "Sanitizer":
+        """The same denoiser, its parameters shared, without the reconstruction."""
+        alone = Sanitizer(self.config.model_copy(update={"autoencoder": None}))
+        alone.denoiser = self.denoiser
+        return alone
+
     def freeze_decoder(self) -> None:
         """Stops training whatever lies behind the border."""
         if self.autoencoder is not None:

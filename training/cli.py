@@ -80,6 +80,22 @@ def positive_int(text: str) -> int:
     return value
 
 
+def non_negative_int(text: str) -> int:
+    """Parses a whole number of at least 0 (an argparse type)."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def share(text: str) -> float:
+    """Parses a number of at least 0 and below 1 (an argparse type)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     """Parses a finite number of at least 0 (an argparse type)."""
     value = float(text)

@@ -112,7 +112,7 @@ def fit(arguments: argparse.Namespace, splits: Splits, out: Path) -> None:
     )
     minimize_squared_error(autoencoder, images, lambda clean: clean, math.ceil(arguments.pretrain_steps / 2), generator)
     for name in SANITIZERS:
-        part = sanitizer if name != "denoiser" else _denoiser_alone(sanitizer)
+        part = sanitizer if name != "denoiser" else sanitizer.denoiser_alone()
         psnr = _validation_psnr(part, splits.validation.images, sigma, arguments.seed)
         logger.info("%s: %s", name, ", ".join(f"{key} {value:.2f} dB" for key, value in psnr.items()))
         save_artifact(
@@ -215,12 +215,6 @@ def _noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(len(clean), 1, 1, 1, generator=generator)
     level = sigma * (2 * uniform).clamp_max(1)
     return (level * torch.randn(clean.shape, generator=generator)).to(clean.device)
-
-
-def _denoiser_alone(sanitizer: Sanitizer) -> Sanitizer:
-    alone = Sanitizer(sanitizer.config.model_copy(update={"autoencoder": None}))
-    alone.denoiser = sanitizer.denoiser
-    return alone
 
 
 @torch.no_grad()

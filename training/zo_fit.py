@@ -22,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from defense.artifact import Provenance, save_artifact
+from defense.autoencoders import Autoencoder
 from defense.errors import InvalidAnswer
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
+from defense.surrogates import Surrogate
 from defense.victims import MeteredVictim, QueryLedger
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
@@ -35,8 +37,18 @@ from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.meeting import meet, meet_again
 from training.provenance import settings_of, versions
-from training.zo_options import add_zo_arguments, build_estimator, fit_settings, recorded, refuse_impossible
-from training.zo_trainer import Trainer, Validation
+from training.student import Student
+from training.validation import Validation
+from training.zo_options import (
+    add_zo_arguments,
+    build_estimator,
+    fit_settings,
+    method_name,
+    recorded,
+    surrogate_settings,
+    uses_surrogate,
+)
+from training.zo_trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +57,18 @@ Connect = Callable[..., AbstractContextManager[Endpoint]]
 
 _PROBE_IMAGES = 16
 _MAY_CHANGE = frozenset(
-    {"victim_url", "max_queries", "steps", "patience", "batch_images", "in_flight", "resume", "device", "out"}
+    {
+        "victim_url",
+        "max_queries",
+        "steps",
+        "patience",
+        "batch_images",
+        "in_flight",
+        "resume",
+        "device",
+        "out",
+        "keep_surrogate",
+    }
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
 
@@ -86,8 +109,8 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         else:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
-        refuse_impossible(arguments, start)
         start.requires_grad_(True).to(device)
+        estimator = build_estimator(arguments, start, _decoder(arguments, splits, device))
 
         spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
         ledger = QueryLedger(arguments.max_queries, spent, journal.write)
@@ -110,7 +133,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         trainer = Trainer(
             sanitizer=start,
             victim=victim,
-            estimator=build_estimator(arguments),
+            estimator=estimator,
             images=splits.train.images,
             validation_images=_some(splits.validation.images, arguments.validation_images, arguments.seed),
             settings=fit_settings(arguments),
@@ -121,22 +144,23 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 "labels": labels,
                 "kind": victim.kind,
             },
+            student=_student(arguments, start, len(labels), device),
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
             logger.info("resumed after step %d, %d queries spent", trainer.step, ledger.total)
         reason = _train(trainer, ledger)
-        best = trainer.restore_best()
+        served, best = trainer.best_sanitizer()
     _report(trainer, reason, best)
     manifest = save_artifact(
         out,
-        trainer.sanitizer,
+        served,
         name=out.name,
         labels=labels,
         sigma=arguments.sigma,
         queries=ledger.spent,
         provenance=Provenance(
-            method="zo-ds" if arguments.sanitizer == "denoiser" else "zo-ae-ds",
+            method=method_name(arguments),
             estimator=recorded(trainer.estimator),
             data=splits.name,
             data_fingerprint=splits.fingerprint,
@@ -145,6 +169,8 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
             validation={"step": best.step, "agreement": best.agreement, "loss": best.loss},
         ),
     )
+    if not arguments.keep_surrogate:
+        trainer.forget_surrogate()
     replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
     print(f"wrote {out} (artifact {manifest.id}); queries spent: {ledger.total} {json.dumps(ledger.spent)}")
     return 0
@@ -181,7 +207,24 @@ def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
     folder: Path = arguments.pretrained or arguments.out / "pretrained"
     if arguments.pretrained is None:
         pretrain.fit(arguments, splits, folder)
-    return pretrain.load(folder, arguments.sanitizer, splits, arguments.sigma)
+    name = "denoiser" if arguments.sanitizer == "denoiser" else "denoiser+autoencoder"
+    return pretrain.load(folder, name, splits, arguments.sigma)
+
+
+def _decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device) -> Autoencoder | None:
+    """The pre-trained autoencoder, where the method needs its decoder beside a sanitizer that has none."""
+    if arguments.subspace != "decoder" or arguments.sanitizer != "denoiser":
+        return None
+    folder: Path = arguments.pretrained or arguments.out / "pretrained"
+    return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
+
+
+def _student(arguments: argparse.Namespace, start: Sanitizer, classes: int, device: torch.device) -> Student | None:
+    if not uses_surrogate(arguments):
+        return None
+    shape = start.config.input.dimensions
+    surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device)
+    return Student(surrogate, arguments.out)
 
 
 def _some(images: Tensor, count: int, seed: int) -> Tensor:

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.errors import BudgetExhausted, DefenseError
 from defense.estimators import Estimator, Loss
@@ -15,58 +16,14 @@ from defense.objectives import denoising_loss, inject_gradient, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from training.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore_optimizer, state_copy, under
+from training.student import Student
+from training.validation import CleanTargets, Validation, Validator
+from training.zo_settings import FitSettings
 
 logger = logging.getLogger(__name__)
 
+_WARM_UP_CHUNK = 1024  # images asked for between checkpoints, before the first step
 _CHUNK = 2048  # images decoded and sent at once: bounds the images in memory, not the points they are decoded from
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What the loop needs to know.
-
-    Attributes:
-        sigma: Standard deviation of the noise on the images, in units of the [0, 1] range.
-        batch: Images a step.
-        learning_rate: Adam's.
-        mse_weight: Weight of the mean squared error per pixel beside the stability loss.
-        clip: Bound on the norm of all parameters' gradient together.
-        steps: At most so many steps; None: until the budget is spent.
-        validate_every: Steps between validations.
-        checkpoint_every: Steps between checkpoints.
-        seed: Of everything random.
-    """
-
-    sigma: float
-    batch: int
-    learning_rate: float
-    mse_weight: float
-    clip: float
-    steps: int | None
-    validate_every: int
-    checkpoint_every: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a validation found, on noisy images of the validation split.
-
-    Attributes:
-        step: After how many steps.
-        queries: Spent until then.
-        agreement: Share of images on which the victim's answer, behind the sanitizer, is its answer on the clean one.
-        loss: Mean stability loss, in nats.
-    """
-
-    step: int
-    queries: int
-    agreement: float
-    loss: float
-
-    def better_than(self, other: "Validation | None") -> bool:
-        """Whether the loss is lower: unlike the agreement it is hardly ever a tie, and noise moves it less."""
-        return other is None or self.loss < other.loss
 
 
 @dataclass
@@ -82,6 +39,7 @@ class Trainer:
         settings: See there.
         folder: Where checkpoints go.
         run_state: JSON values that belong to the run and that a checkpoint carries along.
+        student: Learns from all answers, for the estimators that use a surrogate; None: there is no surrogate.
     """
 
     sanitizer: Sanitizer
@@ -92,6 +50,7 @@ class Trainer:
     settings: FitSettings
     folder: Path
     run_state: dict[str, Any]
+    student: Student | None = None
     step: int = 0
     history: list[Validation] = field(default_factory=list)
     best: Validation | None = None
@@ -103,10 +62,16 @@ class Trainer:
         self._parameters = [p for p in self.sanitizer.parameters() if p.requires_grad]
         self._optimizer = torch.optim.Adam(self._parameters, self.settings.learning_rate)
         self._generator = torch.Generator().manual_seed(self.settings.seed)
+        decay = self.settings.averaging
+        self._averaged = AveragedModel(self.sanitizer, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self._best_state = state_copy(self.sanitizer)
-        unknown = -1
-        self._targets = torch.full((len(self.images),), unknown)
-        self._validation_targets = torch.full((len(self.validation_images),), unknown)
+        self._may_drop_reconstruction = (
+            self.settings.reconstruction == "chosen" and self.sanitizer.autoencoder is not None
+        )
+        self._targets = CleanTargets(self.victim, self.images, "targets", self._device, self._observe)
+        self._validator = Validator(
+            self.victim, self.validation_images, self.settings.sigma, self.settings.seed, self._device
+        )
 
     def fit(self, on_step: Callable[[float], None]) -> str:
         """Trains until the steps are done or the budget holds no further step and its validation.
@@ -125,9 +90,10 @@ class Trainer:
         """
         try:
             if not self.history:
-                self._require_budget(beforehand=2 * len(self.validation_images))
+                self._require_budget(beforehand=self._validator.cost + self._validation_cost)
                 self._validate()  # the pre-trained state is the first candidate
                 self.save_checkpoint()
+            self._warm_up()
             while self.settings.steps is None or self.step < self.settings.steps:
                 self._require_budget()
                 on_step(self.train_step())
@@ -148,11 +114,11 @@ class Trainer:
         self.save_checkpoint()
         return reason
 
-    def restore_best(self) -> Validation:
-        """Puts the best validated state into the sanitizer; `fit` or `restore` has validated one."""
+    def best_sanitizer(self) -> tuple[Sanitizer, Validation]:
+        """The best validated state, with or without the reconstruction; `fit` or `restore` has validated one."""
         assert self.best is not None
         self.sanitizer.load_state_dict(self._best_state)
-        return self.best
+        return self.sanitizer if self.best.reconstruction else self.sanitizer.denoiser_alone(), self.best
 
     def save_checkpoint(self) -> None:
         """Writes all that `restore` needs."""
@@ -166,13 +132,22 @@ class Trainer:
             },
             tensors={
                 **prefixed("sanitizer", self.sanitizer.state_dict()),
+                **prefixed("averaged", self._averaged.state_dict()),
                 **prefixed("best", self._best_state),
+                **({} if self.student is None else prefixed("surrogate", self.student.save())),
                 **prefixed("optimizer", optimizer_tensors(self._optimizer)),
                 "generator": self._generator.get_state(),
-                "targets": self._targets,
-                "validation_targets": self._validation_targets,
+                "targets": self._targets.known,
+                "validation_targets": self._validator.targets.known,
             },
         ).save(self.folder)
+
+    def forget_surrogate(self) -> None:
+        """Removes the surrogate, its answers and its part of the checkpoint."""
+        if self.student is not None:
+            self.student.delete()
+            self.student = None
+            self.save_checkpoint()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to a checkpoint; the ledger is the caller's to restore."""
@@ -181,10 +156,14 @@ class Trainer:
         self.best = None if checkpoint.state["best"] is None else Validation(**checkpoint.state["best"])
         self.sanitizer.load_state_dict(under("sanitizer", checkpoint.tensors))
         self._best_state = {name: tensor.to(self._device) for name, tensor in under("best", checkpoint.tensors).items()}
+        self._averaged.load_state_dict(under("averaged", checkpoint.tensors))
         restore_optimizer(self._optimizer, under("optimizer", checkpoint.tensors))
+        kept = under("surrogate", checkpoint.tensors)
+        if self.student is not None and kept:
+            self.student.restore(kept)
         self._generator.set_state(checkpoint.tensors["generator"])
-        self._targets = checkpoint.tensors["targets"]
-        self._validation_targets = checkpoint.tensors["validation_targets"]
+        self._targets.known = checkpoint.tensors["targets"]
+        self._validator.targets.known = checkpoint.tensors["validation_targets"]
 
     def _require_budget(self, beforehand: int = 0) -> None:
         """Ends training while the budget still holds the validation of its last state.
@@ -194,21 +173,53 @@ class Trainer:
         """
         ledger = self.victim.ledger
         a_step = self.settings.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
-        needed = beforehand + a_step + len(self.validation_images)
+        needed = beforehand + a_step + self._validation_cost
         if ledger.remaining is not None and ledger.remaining < needed:
             raise BudgetExhausted(
                 f"{ledger.total} of {ledger.max_queries} queries are spent, and a step with its validation may need "
                 f"{needed}: raise --max-queries, or lower --batch, --directions or --validation-images"
             )
 
+    @property
+    def _validation_cost(self) -> int:
+        return self._validator.cost * (2 if self._may_drop_reconstruction else 1)
+
+    def _warm_up(self) -> None:
+        """Asks what the surrogate needs to know before the next step, and trains it; goes on where it was killed.
+
+        A finished run that goes on has forgotten its surrogate, and pays for another.
+        """
+        if self.student is None or self.student.trained:
+            return
+        surrogate, settings = self.student.surrogate, self.student.surrogate.settings
+        self._require_budget(beforehand=settings.warm_up - min(settings.warm_up, len(surrogate.values)))
+        self.sanitizer.eval()
+        while len(surrogate.values) < settings.warm_up:
+            size = min(_WARM_UP_CHUNK, settings.warm_up - len(surrogate.values))
+            index = torch.randint(len(self.images), (size,), generator=self._generator)
+            with torch.no_grad():
+                images = self.sanitizer(self._noisy(self.images[index].to(self._device)))
+            self._observe(images, self.victim.query(images, "surrogate"))
+            self.save_checkpoint()
+        divergence = surrogate.learn(settings.warm_up_steps, from_scratch=True)
+        self.student.trained = True
+        self.save_checkpoint()
+        logger.info("the surrogate knows %d answers; divergence %.3f nats", len(surrogate.values), divergence)
+
+    def _observe(self, images: Tensor, scores: Tensor) -> None:
+        if self.student is not None:
+            assert self.victim.kind is not None  # probed
+            self.student.surrogate.observe(images, scores, self.victim.kind)
+
     def train_step(self) -> float:
         """One optimiser step; returns the mean stability loss of its batch before it."""
         index = torch.randint(len(self.images), (self.settings.batch,), generator=self._generator)
         clean = self.images[index].to(self._device)
-        targets = self._known_targets(self._targets, index, self.images, "targets")
+        targets = self._targets.of(index)
         self.sanitizer.train()
-        points = self.sanitizer.encode(self._noisy(clean, self._generator))
-        estimate = self.estimator(points, self._loss_behind_border(targets, "training"), self._generator)
+        points = self.sanitizer.encode(self._noisy(clean))
+        loss = self._loss_behind_border(points.detach(), targets)
+        estimate = self.estimator(points, loss, self._generator)
         surrogate = inject_gradient(points, estimate.gradient)
         if self.settings.mse_weight:
             error = denoising_loss(self.sanitizer.decode(points), clean).mean()
@@ -221,54 +232,49 @@ class Trainer:
                 f"the gradient of step {self.step + 1} is not finite, and was not applied: "
                 "lower --learning-rate or --mse-weight, or raise --mu"
             )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(self.step, self.victim.ledger)
         self._optimizer.step()
+        if self.settings.averaging:
+            self._averaged.update_parameters(self.sanitizer)
+        if self.student is not None:
+            self.student.surrogate.learn(self.student.surrogate.settings.steps)
         self.step += 1
         return estimate.loss.mean().item()
 
-    def _loss_behind_border(self, targets: Tensor, purpose: str) -> Loss:
-        """The stability loss at the border, where what follows are decoder and victim."""
+    def _loss_behind_border(self, z: Tensor, targets: Tensor) -> Loss:
+        """The stability loss around (N, *shape) points at the border, where what follows are decoder and victim."""
+        kind = self.victim.kind
+        assert kind is not None  # probed
 
         def black_box(points: Tensor, owners: Tensor) -> Tensor:
-            scores = torch.cat(
-                [self.victim.query(self.sanitizer.decode(chunk), purpose) for chunk in points.split(_CHUNK)]
-            )
-            assert self.victim.kind is not None  # probed
-            return stability_loss(scores, targets[owners], self.victim.kind)
+            seen, answers = [], []
+            for chunk in points.split(_CHUNK):
+                images = self.sanitizer.decode(chunk)
+                answers.append(self.victim.query(images, "training"))
+                if self.student is not None:
+                    seen.append(images)
+            scores = torch.cat(answers)
+            if self.student is not None:
+                self.student.watch(z, points, owners, torch.cat(seen), scores, kind)
+            return stability_loss(scores, targets[owners], kind)
 
-        return Loss(black_box)
+        if self.student is None:
+            return Loss(black_box)
+        surrogate = self.student.surrogate
+        return Loss(black_box, lambda points: surrogate.loss(self.sanitizer.decode(points), targets))
 
-    def _known_targets(self, cache: Tensor, index: Tensor, images: Tensor, purpose: str) -> Tensor:
-        """The victim's argmax on clean images, each asked for once in a run."""
-        missing = index[cache[index] < 0].unique()
-        if len(missing):
-            scores = self.victim.query(images[missing].to(self._device), purpose)
-            cache[missing] = scores.argmax(1).cpu()
-        return cache[index].to(self._device)
+    def _noisy(self, clean: Tensor) -> Tensor:
+        return clean + self.settings.sigma * torch.randn(clean.shape, generator=self._generator).to(clean.device)
 
-    def _noisy(self, clean: Tensor, generator: torch.Generator) -> Tensor:
-        return clean + self.settings.sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
-
-    @torch.no_grad()
     def _validate(self) -> None:
-        everything = torch.arange(len(self.validation_images))
-        targets = self._known_targets(
-            self._validation_targets, everything, self.validation_images, "validation targets"
-        )
-        self.sanitizer.eval()
-        noise = torch.Generator().manual_seed(self.settings.seed)  # the same noise each time: states are compared
-        scores = []
-        for clean in self.validation_images.split(_CHUNK):
-            sanitized = self.sanitizer(self._noisy(clean.to(self._device), noise))
-            scores.append(self.victim.query(sanitized, "validation"))
-        answers = torch.cat(scores)
-        assert self.victim.kind is not None  # probed
-        found = Validation(
-            step=self.step,
-            queries=self.victim.ledger.total,
-            agreement=(answers.argmax(1) == targets).float().mean().item(),
-            loss=stability_loss(answers, targets, self.victim.kind).mean().item(),
-        )
-        self.history.append(found)
-        if found.better_than(self.best):
-            self.best = found
-            self._best_state = state_copy(self.sanitizer)
+        served = cast(Sanitizer, self._averaged.module) if self.settings.averaging else self.sanitizer
+        candidates = [served]
+        if self._may_drop_reconstruction:
+            candidates.append(served.denoiser_alone().to(self._device))
+        for candidate in candidates:
+            found = self._validator.measure(candidate, self.step)
+            self.history.append(found)
+            if found.better_than(self.best):
+                self.best = found
+                self._best_state = state_copy(served)

@@ -11,13 +11,14 @@ step, r the dimensions of a subspace. The theory is in docs/theory.md.
 from defense.estimators.base import Estimate, Estimator, Loss
 from defense.estimators.control import ControlVariate, SurrogateGradient
 from defense.estimators.coordinate import CoordinateGradientEstimator
-from defense.estimators.directions import Directions, Guided, Isotropic, Sampling, Subspace, sample_directions
+from defense.estimators.directions import Basis, Directions, Guided, Isotropic, Sampling, Subspace, sample_directions
 from defense.estimators.exact import ExactGradient
 from defense.estimators.random import Combination, RandomGradientEstimator
 from defense.estimators.slopes import Difference
 from defense.estimators.subspaces import DecoderTangents, FixedSpan, SurrogateSpan, low_frequencies
 
 __all__ = [
+    "Basis",
     "Combination",
     "ControlVariate",
     "CoordinateGradientEstimator",

@@ -1,0 +1,233 @@
+"""A small student of the black box, learned from answers that were paid for anyway.
+
+It is a partial copy of a confidential model: it belongs in the trainer's checkpoint, never in an artifact.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from defense.objectives import ScoreKind, log_probabilities, stability_loss
+
+_WIDTHS = (8, 16, 32, 64, 64)
+_WARM_UP = 50  # steps over which the learning rate rises
+_LAST_RATE = 0.15  # of the learning rate: where the first long training ends, and what all later steps get
+_RECENT = 512  # answers that count as on policy
+_FLOOR = 1e-4  # least probability that the student is asked to answer, so that no answer has infinite weight
+_STEP = 0.05  # L2 length over which the student's own slopes are taken
+
+
+class StudentNetwork(nn.Module):
+    """A plain convolutional classifier: up to five stages, each halving the image.
+
+    Args:
+        shape: (C, H, W).
+        classes: K.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        layers: list[nn.Module] = []
+        for stage, features in enumerate(_WIDTHS):
+            if min(height, width) < 4:
+                break
+            for _ in range(1 if stage < 2 else 2):  # the large images of the first stages are what costs
+                layers += [nn.Conv2d(channels, features, 3, padding=1), nn.BatchNorm2d(features), nn.ReLU()]
+                channels = features
+            layers.append(nn.MaxPool2d(2))
+            height, width = height // 2, width // 2
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels * height * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) images in [0, 1] to (N, K) logits."""
+        logits: Tensor = self.head(self.features((images - 0.5) * 4).flatten(1))
+        return logits
+
+
+class Answers:
+    """Rows of what the black box answered, oldest first, as columns of equal length.
+
+    Args:
+        columns: Name to the shape and type of one row.
+    """
+
+    def __init__(self, columns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._storage = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in columns.items()}
+        self._count = 0
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return self._count
+
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        """Adds rows, given as one tensor a column."""
+        added = len(next(iter(rows.values())))
+        for name, storage in self._storage.items():
+            if self._count + added > len(storage):  # room for as much again, so that adding stays cheap
+                grown = storage.new_empty(2 * (self._count + added), *storage.shape[1:])
+                grown[: self._count] = storage[: self._count]
+                self._storage[name] = storage = grown
+            storage[self._count : self._count + added] = rows[name].to("cpu", storage.dtype)
+        self._count += added
+
+    def rows(self, start: int = 0) -> dict[str, Tensor]:
+        """All rows from `start`, one tensor a column; views, not copies."""
+        return {name: storage[start : self._count] for name, storage in self._storage.items()}
+
+    def sample(self, count: int, recent: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Half of `count` from all rows, half from the last `recent` ones, with replacement."""
+        old = torch.randint(self._count, (count - count // 2,), generator=generator)
+        first = max(0, self._count - recent)
+        new = torch.randint(first, self._count, (count // 2,), generator=generator)
+        chosen = torch.cat([old, new])
+        return {name: storage[chosen] for name, storage in self._storage.items()}
+
+
+@dataclass(frozen=True)
+class SurrogateSettings:
+    """How a surrogate learns.
+
+    Attributes:
+        warm_up: Victim queries from which it learns before the first step of the sanitizer.
+        warm_up_steps: Its optimiser steps then.
+        steps: Its optimiser steps after each step of the sanitizer.
+        batch: Answers a step.
+        learning_rate: AdamW's.
+        slope_weight: Weight of the squared error of its slopes beside the divergence of its answers.
+    """
+
+    warm_up: int = 8000
+    warm_up_steps: int = 1200
+    steps: int = 2
+    batch: int = 64
+    learning_rate: float = 3e-3
+    slope_weight: float = 0.0
+
+
+class Surrogate:
+    """A student network, all answers that it learns from, and how it learns.
+
+    Images are kept with 8 bits a pixel, directions with 8 bits a coordinate: a quarter of the memory, and noise far
+    below what the student can learn.
+
+    Args:
+        shape: (C, H, W).
+        classes: K.
+        settings: How it learns.
+        seed: Of its first weights and of its batches.
+        device: Where it learns.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], classes: int, settings: SurrogateSettings, seed: int, device: torch.device
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = StudentNetwork(shape, classes).to(device).to(memory_format=torch.channels_last)
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.learning_rate, weight_decay=1e-2)
+        self.values = Answers({"images": (shape, torch.uint8), "answers": ((classes,), torch.float32)})
+        self.slopes = Answers(
+            {
+                "images": (shape, torch.uint8),
+                "directions": (shape, torch.int8),
+                "lengths": ((), torch.float32),
+                "answers": ((classes,), torch.float32),
+            }
+        )
+        self._device = device
+
+    def observe(self, images: Tensor, scores: Tensor, kind: ScoreKind) -> None:
+        """Remembers the black box's (N, K) scores for (N, C, H, W) images in [0, 1]."""
+        self.values.append({"images": _to_bytes(images), "answers": log_probabilities(scores, kind, _FLOOR)})
+
+    def observe_slopes(self, images: Tensor, steps: Tensor, before: Tensor, after: Tensor, kind: ScoreKind) -> None:
+        """Remembers how the black box's log-probabilities change along steps, per unit of length.
+
+        Args:
+            images: (N, C, H, W) in [0, 1].
+            steps: (N, C, H, W), small; those of no length are left out.
+            before: (N, K) scores at the images.
+            after: (N, K) scores at images + steps.
+            kind: What the scores are.
+        """
+        lengths = steps.flatten(1).norm(dim=1)
+        moved = lengths > 0
+        images, steps, lengths, before, after = (part[moved] for part in (images, steps, lengths, before, after))
+        change = log_probabilities(after, kind, _FLOOR) - log_probabilities(before, kind, _FLOOR)
+        largest = steps.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+        directions = (127 * steps / largest).round()
+        self.slopes.append(
+            {
+                "images": _to_bytes(images),
+                "directions": directions,
+                "lengths": directions.flatten(1).norm(dim=1),
+                "answers": change / lengths.unsqueeze(1),
+            }
+        )
+
+    def learn(self, steps: int, *, from_scratch: bool = False) -> float:
+        """Takes optimiser steps on the answers so far.
+
+        Args:
+            steps: How many.
+            from_scratch: The first long training, on all answers alike: the learning rate rises and decays. Otherwise
+                it stays low, and half of every batch are the latest answers.
+
+        Returns:
+            The mean divergence, in nats, over the last quarter of the steps; 0 without any.
+        """
+        self.network.train()
+        divergences = []
+        for step in range(steps):
+            rate = _LAST_RATE
+            if from_scratch:
+                rate += (1 - _LAST_RATE) * min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * self.settings.learning_rate
+            recent = len(self.values) if from_scratch else _RECENT
+            divergences.append(self._step(recent))
+        self.network.eval()
+        last = divergences[-(len(divergences) // 4 + 1) :]
+        return sum(last) / len(last) if last else 0.0
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """(N,) stability losses of the student's answers on (N, C, H, W) images, which can be differentiated."""
+        self.network.eval()
+        return stability_loss(self.network(images.contiguous(memory_format=torch.channels_last)), targets, "logits")
+
+    def _step(self, recent: int) -> float:
+        drawn = self.values.sample(self.settings.batch, recent, self.generator)
+        images, answers = self._images(drawn), drawn["answers"].to(self._device)
+        with_slopes = self.settings.slope_weight > 0 and len(self.slopes) > 0
+        if with_slopes:
+            slopes = self.slopes.sample(self.settings.batch // 2, recent, self.generator)
+            at = self._images(slopes)
+            scale = (_STEP / slopes["lengths"]).to(self._device).view(-1, 1, 1, 1)
+            images = torch.cat([images, at, at + scale * slopes["directions"].to(self._device, torch.float32)])
+        outputs = self.network(images.contiguous(memory_format=torch.channels_last)).log_softmax(1)
+        count = len(answers)
+        divergence = F.kl_div(outputs[:count], answers, log_target=True, reduction="batchmean")
+        objective = divergence
+        if with_slopes:
+            before, after = outputs[count:].chunk(2)
+            error = (after - before) / _STEP - slopes["answers"].to(self._device)
+            objective = divergence + self.settings.slope_weight * error.square().mean()
+        self.optimizer.zero_grad()
+        objective.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.optimizer.step()
+        return divergence.item()
+
+    def _images(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return rows["images"].to(self._device, torch.float32) / 255
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return (images * 255).round()

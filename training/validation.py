@@ -1,0 +1,126 @@
+"""What a run of `zo_fit` asks the victim besides its steps: its answers on clean images, and how good a state is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defense.objectives import stability_loss
+from defense.sanitizer import Sanitizer
+from defense.victims import MeteredVictim
+
+_CHUNK = 2048  # images sanitized and sent at once: bounds the memory
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found, on noisy images of the validation split.
+
+    Attributes:
+        step: After how many steps.
+        queries: Spent until then.
+        agreement: Share of images on which the victim's answer, behind the sanitizer, is its answer on the clean one.
+        loss: Mean stability loss, in nats.
+        reconstruction: Whether the images went through the autoencoder.
+    """
+
+    step: int
+    queries: int
+    agreement: float
+    loss: float
+    reconstruction: bool
+
+    def better_than(self, other: "Validation | None") -> bool:
+        """Whether the loss is lower: unlike the agreement it is hardly ever a tie, and noise moves it less."""
+        return other is None or self.loss < other.loss
+
+
+class CleanTargets:
+    """The victim's argmax on clean images, each asked for once in a run.
+
+    Args:
+        victim: The metered black box.
+        images: (N, C, H, W).
+        purpose: Of the queries, in the ledger.
+        device: Where the images are sent from and the targets wanted.
+        on_answers: Called with the images and their scores whenever the victim was asked.
+
+    Attributes:
+        known: (N,) int64 on the CPU: the targets, and -1 where the victim was not asked yet.
+    """
+
+    def __init__(
+        self,
+        victim: MeteredVictim,
+        images: Tensor,
+        purpose: str,
+        device: torch.device,
+        on_answers: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.known = torch.full((len(images),), _UNKNOWN)
+        self._victim = victim
+        self._images = images
+        self._purpose = purpose
+        self._device = device
+        self._on_answers = on_answers
+
+    def of(self, index: Tensor) -> Tensor:
+        """The targets of the images at (M,) indices; asks for those that are not known."""
+        missing = index[self.known[index] == _UNKNOWN].unique()
+        for some in missing.split(_CHUNK) if len(missing) else ():
+            images = self._images[some].to(self._device)
+            scores = self._victim.query(images, self._purpose)
+            self.known[some] = scores.argmax(1).cpu()
+            if self._on_answers is not None:
+                self._on_answers(images, scores)
+        return self.known[index].to(self._device)
+
+
+class Validator:
+    """Measures a sanitizer on noisy validation images, the same noise each time, so that states can be compared.
+
+    Args:
+        victim: The metered black box, probed already.
+        images: (M, C, H, W).
+        sigma: Standard deviation of the noise.
+        seed: Of the noise.
+        device: Where the sanitizer is.
+    """
+
+    def __init__(self, victim: MeteredVictim, images: Tensor, sigma: float, seed: int, device: torch.device) -> None:
+        self.targets = CleanTargets(victim, images, "validation targets", device)
+        self._victim = victim
+        self._images = images
+        self._sigma = sigma
+        self._seed = seed
+        self._device = device
+
+    @property
+    def cost(self) -> int:
+        """Queries a measurement takes, once the targets are known."""
+        return len(self._images)
+
+    @torch.no_grad()
+    def measure(self, sanitizer: Sanitizer, step: int) -> Validation:
+        """Asks the victim about the sanitized images; `step` is only noted."""
+        kind = self._victim.kind
+        assert kind is not None  # probed
+        targets = self.targets.of(torch.arange(len(self._images)))
+        was_training = sanitizer.training
+        sanitizer.eval()
+        noise = torch.Generator().manual_seed(self._seed)
+        scores = []
+        for clean in self._images.split(_CHUNK):
+            noisy = clean + self._sigma * torch.randn(clean.shape, generator=noise)
+            scores.append(self._victim.query(sanitizer(noisy.to(self._device)), "validation"))
+        sanitizer.train(was_training)
+        answers = torch.cat(scores)
+        return Validation(
+            step=step,
+            queries=self._victim.ledger.total,
+            agreement=(answers.argmax(1) == targets).float().mean().item(),
+            loss=stability_loss(answers, targets, kind).mean().item(),
+            reconstruction=sanitizer.autoencoder is not None,
+        )
