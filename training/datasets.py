@@ -20,6 +20,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -102,8 +103,8 @@ class _File:
 
 
 def load_data(arguments: argparse.Namespace) -> Splits:
-    """`load_splits` of what `training.cli.add_data_arguments` parsed."""
-    return load_splits(
+    """`load_splits` of what `training.cli.add_data_arguments` parsed; a process that asks again gets the same ones."""
+    return _loaded(
         arguments.data,
         size=arguments.size,
         channels=arguments.channels,
@@ -160,6 +161,9 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0, 
         int((assignment == DROPPED).sum()),
     )
     return Splits(dataset_name(data), labels, train, validation, test, _fingerprint(files, digests, assignment))
+
+
+_loaded = lru_cache(maxsize=1)(load_splits)  # decoding thousands of files takes half a minute
 
 
 def dataset_name(data: str) -> str:

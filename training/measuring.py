@@ -1,24 +1,34 @@
-"""What the measuring verbs share: which images they look at, and what they know of a URL."""
+"""What the measuring verbs share: which images they look at, what they know of a URL, and how an image is certified."""
 
 import argparse
+import fcntl
+import json
+import logging
 import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from pydantic import JsonValue
 from torch import Tensor
 
+from defense.files import replace_file
 from services.protocol.client import HTTPVictim
 from training.cli import UserError, add_data_arguments, positive_int
 from training.datasets import ImageSet, Splits
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 60.0
 """How long a measurement waits for a service that has gone away, in seconds."""
+
+_CHUNK = 128  # images in front of a victim at once: the activations of more leave the cache
 
 
 class Endpoint(Protocol):
@@ -32,6 +42,27 @@ class Endpoint(Protocol):
 
     def ready(self) -> bool:
         """Whether something answers there and can serve."""
+
+
+class Defended:
+    """An endpoint behind something that its images pass through first, in this process, as they do in a gateway.
+
+    Args:
+        front: (N,C,H,W) finite images of any range to images of the same shape.
+        victim: Where they go then.
+        device: Where `front` runs.
+    """
+
+    def __init__(self, front: Callable[[Tensor], Tensor], victim: Endpoint, device: torch.device) -> None:
+        self._front, self._victim, self._device = front, victim, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N,C,H,W) float32 -> (N,K) float32 probabilities, on the device of the images."""
+        passed = [
+            self._front(part.to(self._device, memory_format=torch.channels_last)) for part in images.split(_CHUNK)
+        ]
+        return self._victim(torch.cat(passed)).to(images.device)
 
 
 Connect = Callable[[str], AbstractContextManager[Endpoint]]
@@ -131,6 +162,48 @@ def stratified_order(labels: Tensor, limit: int | None, seed: int) -> list[int]:
         random.Random(f"{seed}:{label}").shuffle(indices)
         placed += [((rank + 0.5) / len(indices), label, index) for rank, index in enumerate(indices)]
     return [index for *_, index in sorted(placed)[:limit]]
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock that other processes respect, and that ends with this one, however it ends.
+
+    Args:
+        path: The lock's file; made, and left behind.
+        wait: Whether to wait for it.
+
+    Yields:
+        Whether it is held; always, with `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def claim(path: Path, settings: dict[str, JsonValue]) -> None:
+    """Notes in a file with which settings the results beside it are made, and refuses to mix them with others.
+
+    Settings that are None now, or were, are not compared. "images" may grow: what is there is continued.
+
+    Raises:
+        UserError: The results beside it were made with other settings; they are left as they are.
+    """
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        old = json.loads(path.read_bytes()) if path.exists() else {}
+        merged = {**old, **{name: value for name, value in settings.items() if value is not None}}
+        changes = [
+            f"{name} was {old[name]}, is {value}"
+            for name, value in merged.items()
+            if old.get(name, value) != value and not (name == "images" and value > old[name])
+        ]
+        if changes:
+            raise UserError(f"{path.parent} was made otherwise ({'; '.join(changes)}): use the same, or another --out")
+        replace_file(path, (json.dumps(merged, indent=1) + "\n").encode())
 
 
 def defence_name(text: str) -> str:

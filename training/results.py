@@ -98,9 +98,54 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         UserError: There is a file at `path` already, and it is no results file. It is left as it is.
     """
-    merged = {row.identity: row for row in [*read_rows(path), *rows]}
-    lines = (json.dumps(asdict(row), allow_nan=False) for row in merged.values())
+    replace_rows(path, {row.identity: row for row in [*read_rows(path), *rows]}.values())
+
+
+def replace_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a results file of exactly these rows, atomically, whatever was there."""
+    lines = (json.dumps(asdict(row), allow_nan=False) for row in rows)
     replace_file(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
+
+
+def accuracy_row(
+    hits: Sequence[bool],
+    *,
+    dataset: str,
+    split: str,
+    defence: str,
+    queries: int,
+    seed: int,
+    radius: float | None = None,
+) -> Row:
+    """The row of a share of images, with its interval.
+
+    Args:
+        hits: Which of the images count as right, at least one.
+        dataset: As in `Row`.
+        split: As in `Row`.
+        defence: As in `Row`.
+        queries: As in `Row`.
+        seed: As in `Row`; also of the resampling.
+        radius: At which certified L2 radius they are right; None: clean, without a certificate.
+    """
+    values = np.array(hits, dtype=np.float64)
+    low, high = bootstrap_interval(values, seed=seed)
+    return Row(
+        dataset=dataset,
+        task="classification",
+        split=split,
+        attack="none" if radius is None else "certificate",
+        norm="none" if radius is None else "l2",
+        epsilon=radius,
+        defence=defence,
+        metric="accuracy" if radius is None else "certified_accuracy",
+        value=float(values.mean()),
+        n=len(values),
+        queries=queries,
+        seed=seed,
+        low=low,
+        high=high,
+    )
 
 
 def bootstrap_interval(
@@ -132,6 +177,47 @@ def bootstrap_interval(
     picks = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
     drawn = array[picks]
     statistics = drawn.mean(axis=1) if statistic is None else statistic(drawn)
+    tail = (1 - level) / 2
+    low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def nested_interval(
+    values: npt.NDArray[np.float64],
+    reference: npt.NDArray[np.float64] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over seeds and images, or of the difference to a paired reference.
+
+    Every resample draws images once, for all seeds and for the reference too, because all were measured on the same
+    ones, and draws seeds, for values and reference apart. With one seed it is the interval over images alone; with a
+    few seeds it still understates how much seeds differ.
+
+    Args:
+        values: (S,n) one number a seed and image, S and n at least 1.
+        reference: (T,n) another method's, on the same images; the difference is values - reference.
+        level: Coverage, in (0,1).
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: There are no values, or the reference is of another number of images.
+    """
+    if values.size == 0 or (reference is not None and reference.shape[1:] != values.shape[1:]):
+        raise ValueError("an interval needs values, and a reference on the same images")
+    rng = np.random.default_rng(seed)
+    images = rng.integers(values.shape[1], size=(resamples, values.shape[1]))
+
+    def drawn(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        seeds = rng.integers(len(table), size=(resamples, len(table)))
+        means = np.stack([one[images].mean(axis=1) for one in table], axis=1)
+        result: npt.NDArray[np.float64] = np.take_along_axis(means, seeds, axis=1).mean(axis=1)
+        return result
+
+    statistics = drawn(values) - (0.0 if reference is None else drawn(reference))
     tail = (1 - level) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
     return float(low), float(high)

@@ -172,5 +172,7 @@ class Guided:
 
 def unit(vectors: Tensor) -> Tensor:
     """(..., d) vectors divided by their norms; those without one stay zero."""
+    if not vectors.numel():
+        return vectors
     norms = vectors.norm(dim=-1, keepdim=True)
     return torch.where(norms > _NEGLIGIBLE * norms.max(), vectors / norms.clamp_min(1e-30), 0.0)

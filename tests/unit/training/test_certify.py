@@ -1,13 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
 import pytest
+import torch
 from measuring_fakes import GATEWAY_URL, Brightness, FakeEndpoint, bare, connecting, gateway, splits
+from torch import Tensor
 
 from defense.smoothing import ABSTAIN
 from training import certify
-from training.certify import Line, certified_accuracy
+from training.certificates import Line, certified_accuracy, certify_image, read_output
 from training.results import read_rows
 
 
@@ -150,6 +153,78 @@ def test_says_which_radii_can_never_be_certified(
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "never certified, however robust: radius 0.75; raise --n"
     ]
+
+
+class Undecided(FakeEndpoint):
+    """Answers right with a chance that the image decides, from nearly never to nearly always."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        texture = images[:, :, 0, 0] - images[:, :, 0, 1]
+        chance = NormalDist().cdf(float(texture.mean())) if len(images) > 1 else 1.0
+        right = texture[:, 0] - texture.mean() < 0.14 * NormalDist().inv_cdf(min(0.999, chance))
+        return torch.stack([right.float(), 1 - right.float()], dim=1)
+
+
+@pytest.mark.parametrize("endpoint", [bare, gateway, lambda: Undecided(Brightness())])
+@pytest.mark.parametrize("sigma", ["0.1", "0.5"])
+def test_stopping_early_certifies_nothing_that_was_not_certified_without_it(
+    endpoint: Callable[[], FakeEndpoint], sigma: str, tmp_path: Path
+) -> None:
+    whole, early = tmp_path / "whole", tmp_path / "early"
+    whole_endpoint, early_endpoint = endpoint(), endpoint()
+    run(whole, "--sigma", sigma, endpoint=whole_endpoint)
+    run(early, "--sigma", sigma, "--stop-early", endpoint=early_endpoint)
+    pairs = list(zip(without_time(lines_of(whole)[1:]), without_time(lines_of(early)[1:]), strict=True))
+    for before, now in pairs:
+        if now["queries"] == 10:
+            assert (now["prediction"], now["radius"], now["correct"]) == (ABSTAIN, 0.0, False)
+        else:
+            assert now == before  # the noise of those that go on is the same
+    spent = sum(int(str(now["queries"])) for _, now in pairs)
+    assert early_endpoint.images == 1 + spent <= whole_endpoint.images
+
+
+def test_stopping_early_spares_the_images_whose_selection_misses_the_class(tmp_path: Path) -> None:
+    wrong = FakeEndpoint(Brightness(threshold=9.0))  # always "dark"
+    run(tmp_path, "--stop-early", endpoint=wrong)
+    settings, *lines = lines_of(tmp_path)
+    assert settings["stop_early"] is True
+    assert {(line["label"], line["queries"], line["correct"]) for line in lines} == {(0, 210, True), (1, 10, False)}
+
+
+@pytest.mark.parametrize(("hits", "queries"), [(4, 10), (5, 30), (10, 30)])
+def test_stopping_early_wants_half_of_the_selection(hits: int, queries: int) -> None:
+    labels = torch.cat([torch.zeros(hits), 1 + torch.arange(10.0 - hits)]).long()  # no other class has more than one
+
+    def classifier(images: Tensor) -> Tensor:
+        return torch.eye(11)[labels if len(images) == 10 else torch.zeros(len(images)).long()]
+
+    certificate, spent = certify_image(
+        classifier, torch.zeros(1, 2, 2), 0, sigma=1, n0=10, n=20, alpha=0.1, seed=0, batch=100, stop_unless=0
+    )
+    assert spent == queries
+    assert certificate.label == (0 if queries == 30 else ABSTAIN)
+
+
+def test_a_file_from_before_stopping_early_is_continued(tmp_path: Path) -> None:
+    run(tmp_path, "--limit", "3")
+    header, *lines = (tmp_path / "zo.jsonl").read_text().splitlines()
+    old = {key: value for key, value in json.loads(header).items() if key != "stop_early"}
+    (tmp_path / "zo.jsonl").write_text("\n".join([json.dumps(old), *lines]) + "\n")
+    endpoint = gateway()
+    assert run(tmp_path, "--limit", "4", endpoint=endpoint) == 0
+    assert endpoint.images == 1 + 210
+
+
+def test_reading_while_another_process_writes_leaves_the_file_alone(tmp_path: Path) -> None:
+    assert read_output(tmp_path / "none.jsonl") == {}
+    run(tmp_path, "--limit", "3")
+    path = tmp_path / "zo.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    before = path.read_bytes()
+    assert len(read_output(path)) == 2
+    assert path.read_bytes() == before
 
 
 def line(prediction: int, radius: float) -> Line:

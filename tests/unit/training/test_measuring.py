@@ -1,12 +1,14 @@
 import argparse
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from training.cli import UserError
-from training.measuring import Identity, defence_name, identify, number_list, stratified_order
+from training.measuring import Defended, Identity, claim, defence_name, identify, locked, number_list, stratified_order
 
 IMAGE = torch.zeros(1, 4, 4)
 
@@ -79,3 +81,38 @@ def test_number_list_drops_repetitions() -> None:
 def test_number_list_refuses_what_is_no_size(text: str) -> None:
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
         number_list(text)
+
+
+def test_an_endpoint_behind_a_front_sees_what_the_front_makes() -> None:
+    seen = []
+
+    class Victim(Answering):
+        def __call__(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.flatten(1)[:, :2]
+
+    images = torch.rand(300, 1, 2, 2, requires_grad=True)
+    defended = Defended(lambda part: part + 1, Victim({}), torch.device("cpu"))
+    assert torch.equal(defended(images), (images + 1).flatten(1)[:, :2])
+    assert torch.equal(torch.cat(seen), images + 1)
+    assert not defended(images).requires_grad
+
+
+def test_a_lock_is_for_one_at_a_time_and_ends_with_its_block(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with locked(path, wait=False) as first, locked(path, wait=False) as second:
+        assert (first, second) == (True, False)
+    with locked(path, wait=True) as again:
+        assert again
+
+
+def test_a_claim_keeps_settings_apart_and_lets_only_the_images_grow(tmp_path: Path) -> None:
+    path = tmp_path / "claim.json"
+    claim(path, {"n": 10, "images": 5, "id": None})
+    claim(path, {"n": 10, "images": 8, "id": "a"})
+    claim(path, {"n": 10, "images": 8, "id": None})
+    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}
+    for settings in ({"n": 9}, {"images": 5}, {"id": "b"}):
+        with pytest.raises(UserError, match="use the same, or another --out"):
+            claim(path, settings)
+    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from training.cli import UserError
-from training.results import Row, align, bootstrap_interval, finite, format_table, read_rows, write_rows
+from training.results import (
+    Row,
+    accuracy_row,
+    align,
+    bootstrap_interval,
+    finite,
+    format_table,
+    nested_interval,
+    read_rows,
+    replace_rows,
+    write_rows,
+)
 
 ROW = Row(
     dataset="phantom",
@@ -132,6 +143,65 @@ def test_bootstrap_interval_of_equal_values_is_a_point() -> None:
 def test_bootstrap_interval_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])
+
+
+def test_rows_are_replaced_whatever_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("not json")
+    replace_rows(path, [ROW])
+    replace_rows(path, [CLEAN])
+    assert read_rows(path) == [CLEAN]
+
+
+def test_row_of_hits_is_their_share_with_its_interval() -> None:
+    hits = [True, True, False, True] * 10
+    common = {"dataset": "d", "split": "test", "defence": "x", "queries": 3, "seed": 2}
+    row = accuracy_row(hits, **common, radius=0.25)
+    assert (row.attack, row.norm, row.epsilon, row.metric) == ("certificate", "l2", 0.25, "certified_accuracy")
+    assert (row.value, row.n, row.queries, row.seed) == (0.75, 40, 3, 2)
+    assert (row.low, row.high) == bootstrap_interval([float(hit) for hit in hits], seed=2)
+    clean = accuracy_row(hits, **common)
+    assert (clean.attack, clean.norm, clean.epsilon, clean.metric) == ("none", "none", None, "accuracy")
+
+
+def test_interval_of_one_seed_is_that_over_images() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=(1, 400))
+    low, high = nested_interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.04)
+
+
+def test_interval_over_seeds_is_wider_by_how_much_they_differ() -> None:
+    rng = np.random.default_rng(2)
+    seeds, images = 40, 400
+    level = rng.normal(0.0, 1.0, size=(seeds, 1))
+    shared = rng.normal(0.0, 2.0, size=(1, images))
+    values = level + shared
+    low, high = nested_interval(values)
+    half = 1.96 * np.sqrt(level.var() / seeds + shared.var() / images)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
+
+
+def test_what_both_share_cancels_from_the_interval_of_a_difference() -> None:
+    rng = np.random.default_rng(3)
+    shared = rng.normal(0.0, 5.0, size=(1, 300))
+    own = rng.normal(1.0, 0.5, size=(1, 300))
+    low, high = nested_interval(shared + own, shared)
+    half = 1.96 * own.std() / np.sqrt(300)
+    assert (low, high) == pytest.approx((own.mean() - half, own.mean() + half), abs=0.02)
+
+
+def test_interval_of_a_method_against_itself_is_nothing() -> None:
+    values = np.random.default_rng(4).random((1, 50))
+    assert nested_interval(values, values) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("shape", "reference"), [((0, 0), None), ((1, 4), (1, 5))])
+def test_interval_of_nothing_or_of_other_images_is_refused(
+    shape: tuple[int, int], reference: tuple[int, int] | None
+) -> None:
+    with pytest.raises(ValueError, match="on the same images"):
+        nested_interval(np.zeros(shape), None if reference is None else np.zeros(reference))
 
 
 def test_table_has_one_line_a_defence_and_one_column_an_attack_and_size() -> None:

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import Tensor
+
+from defense.surrogates import Answers, StudentNetwork, Surrogate, SurrogateSettings
+
+SHAPE = (1, 16, 16)
+CPU = torch.device("cpu")
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def victim(batch: Tensor) -> Tensor:
+    """Compares the two sides of an image."""
+    difference = (batch[..., :8] - batch[..., 8:]).mean((1, 2, 3))
+    return torch.stack([40 * difference, -40 * difference], dim=1).softmax(1)
+
+
+def surrogate(**settings) -> Surrogate:
+    return Surrogate(SHAPE, 2, SurrogateSettings(**settings), seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 16, 24), (1, 64, 64), (3, 32, 200)])
+def test_the_student_takes_images_of_any_shape(shape):
+    assert StudentNetwork(shape, 5)(torch.rand(2, *shape)).shape == (2, 5)
+
+
+def test_answers_are_kept_in_order_however_many():
+    answers = Answers({"number": ((), torch.float32), "pair": ((2,), torch.int8)})
+    for start in range(0, 50, 5):
+        numbers = torch.arange(start, start + 5)
+        answers.append({"number": numbers, "pair": torch.stack([numbers, -numbers], 1)})
+    assert len(answers) == 50
+    assert answers.rows()["number"].tolist() == list(range(50))
+    assert answers.rows(45)["pair"].tolist() == [[n, -n] for n in range(45, 50)]
+
+
+def test_half_of_a_sample_is_recent():
+    answers = Answers({"number": ((), torch.float32)})
+    answers.append({"number": torch.arange(1000)})
+    drawn = answers.sample(400, 10, torch.Generator().manual_seed(0))["number"]
+    assert (drawn[200:] >= 990).all()
+    assert (drawn[:200] < 990).float().mean() > 0.9
+
+
+def test_the_student_learns_the_victim_and_its_gradient():
+    student = surrogate()
+    seen = images(2000)
+    student.observe(seen, victim(seen), "probabilities")
+    before = student.learn(1, from_scratch=True)
+    after = student.learn(200, from_scratch=True)
+    assert after < 0.3 * before
+    new = images(64, seed=1)
+    targets = victim(new).argmax(1)
+    points = new.requires_grad_(True)
+    (learned,) = torch.autograd.grad(student.loss(points, targets).sum(), points)
+    true_loss = -victim(points).log().gather(1, targets[:, None]).sum()
+    (true,) = torch.autograd.grad(true_loss, points)
+    cosine = torch.nn.functional.cosine_similarity(learned.flatten(1), true.flatten(1)).median()
+    assert cosine > 0.3
+    assert student.loss(new, targets).mean() < student.loss(new, 1 - targets).mean()
+
+
+def test_one_hot_answers_do_not_make_the_divergence_infinite():
+    student = surrogate()
+    student.observe(images(64), torch.eye(2).repeat(32, 1), "probabilities")
+    assert student.values.rows()["answers"].min() > -10
+    assert 0 < student.learn(3) < 20
+
+
+def test_slopes_are_learned_too():
+    """Answers alone at few images say little of the slopes; with the slopes the student's own come closer."""
+    seen = images(200)
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(seen.shape, generator=generator)
+    steps = 0.01 * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+    def slope_error(weight: float) -> float:
+        student = surrogate(slope_weight=weight)
+        student.observe(seen, victim(seen), "probabilities")
+        student.observe_slopes(seen, steps, victim(seen), victim(seen + steps), "probabilities")
+        student.learn(150, from_scratch=True)
+        rows = student.slopes.rows()
+        unit = rows["directions"].float() / rows["lengths"].view(-1, 1, 1, 1)
+        with torch.no_grad():
+            at = rows["images"].float() / 255
+            own = (student.network(at + 0.01 * unit).log_softmax(1) - student.network(at).log_softmax(1)) / 0.01
+        return float((own - rows["answers"]).square().mean())
+
+    assert slope_error(1.0) < 0.7 * slope_error(0.0)
+
+
+def test_steps_of_no_length_are_no_slopes():
+    student = surrogate(slope_weight=1.0)
+    steps = torch.zeros(3, *SHAPE)
+    steps[1, 0, 0, 0] = 0.1
+    seen = images(3)
+    student.observe_slopes(seen, steps, victim(seen), victim(seen + steps), "probabilities")
+    assert len(student.slopes) == 1
+    row = student.slopes.rows()
+    expected = (victim(seen + steps)[1].log() - victim(seen)[1].log()) / 0.1
+    torch.testing.assert_close(row["answers"][0], expected, atol=1e-3, rtol=1e-3)
+    assert row["lengths"].item() == 127
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = surrogate()
+    assert torch.equal(torch.rand(3), expected)
+    second = surrogate()
+    for student in (first, second):
+        student.observe(images(64), victim(images(64)), "probabilities")
+        student.learn(3)
+    for mine, theirs in zip(first.network.state_dict().values(), second.network.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
