@@ -15,7 +15,8 @@ class Loss:
     """The loss at the border of the black box, for N images at once.
 
     Attributes:
-        black_box: (N, P, *shape) points, P for each image, -> (N, P) losses. Every point costs one victim query.
+        black_box: (M, *shape) points and (M,) int64, which of the N images each belongs to, -> (M,) losses. Every point
+            costs one victim query.
         surrogate: (N, *shape) points -> (N,) losses of a model of the black box that costs no query and can be
             differentiated; None where there is none.
     """

@@ -11,6 +11,7 @@ from defense.estimators.directions import unit
 from defense.estimators.random import RandomGradientEstimator
 
 _SIGNIFICANT = 2.0  # standard errors
+_FEWEST = 5  # slopes that can be significant: their correlation times the root of their number has to exceed that
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,17 @@ class SurrogateGradient:
 
     Attributes:
         checked: Images of a batch, its first ones, at which the slope along the surrogate's gradient is measured; 0: it
-            is believed as it is.
+            is believed as it is. Fewer than 5 could never confirm it.
         mu: The step of those measurements.
     """
 
     checked: int
     mu: float
+
+    def __post_init__(self) -> None:
+        """Refuses what would always be zero."""
+        if 0 < self.checked < _FEWEST:
+            raise ValueError(f"{self.checked} slopes cannot confirm a surrogate: check none, or at least {_FEWEST}")
 
     def evaluations(self, dimension: int) -> int:
         """At most so many for one point: two for those that are checked, one for the others."""
@@ -71,9 +77,11 @@ class SurrogateGradient:
         """
         images = len(z)
         known = loss.surrogate_gradient(z).flatten(1)
-        checked = min(self.checked, images) if budget is None else max(0, min(self.checked, images, budget - images))
-        if budget is not None and budget < images:
-            raise BudgetExhausted(f"a budget of {budget} evaluations does not hold one for each of {images} images")
+        checked = min(self.checked, images)
+        if budget is not None and budget < images + checked:
+            raise BudgetExhausted(
+                f"a budget of {budget} evaluations does not hold {images} images, {checked} of them checked"
+            )
         flat = z.detach().flatten(1)
         stepped = flat[:checked] + self.mu * unit(known[:checked])
         owners = torch.cat([torch.arange(images), torch.arange(checked)]).to(z.device)

@@ -37,6 +37,7 @@ class CoordinateGradientEstimator:
         """Estimates the gradient of each image's loss; see `Estimator`. Draws nothing from the generator.
 
         Its own error estimate is that of the noise, 2 d s^2 / mu^2 (central: d s^2 / (2 mu^2)); the bias it cannot see.
+        Central differences tell no loss (NaN) of an image without a live coordinate: nothing was evaluated there.
         """
         flat = z.detach().flatten(1)
         images = len(flat)
@@ -61,7 +62,7 @@ class CoordinateGradientEstimator:
             slopes = (values[images:] - base[owner]) / span
         else:
             sums = torch.zeros(images, device=z.device).index_add(0, owners, values)
-            base, variance = sums / (2 * live.sum(1)).clamp_min(1), 2 * self.noise**2 / span**2
+            base, variance = sums / (2 * live.sum(1)), 2 * self.noise**2 / span**2
             slopes = (values[:measured] - values[measured:]) / span
         gradient = torch.zeros_like(flat)
         gradient[owner, axis] = slopes

@@ -38,6 +38,10 @@ class Directions(Protocol):
         """(N, *shape) points -> (N, count, d) unit directions (Gaussian ones: unit in the mean)."""
         ...
 
+    def energy(self, slopes: Tensor, whole: int) -> Tensor:
+        """(N,) squared norms of the gradient in what is searched, as (N, q) slopes along such directions tell them."""
+        ...
+
 
 def sample_directions(
     count: int, directions: int, dimension: int, sampling: Sampling, generator: torch.Generator
@@ -107,6 +111,10 @@ class Isotropic:
         """See `Directions`."""
         return sample_directions(len(z), count, z[0].numel(), self.sampling, generator).to(z.device)
 
+    def energy(self, slopes: Tensor, whole: int) -> Tensor:
+        """See `Directions`: as E[D^2] = |P g|^2 / r."""
+        return self.dimension(whole) * slopes.square().mean(1)
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -141,6 +149,10 @@ class Subspace:
         inside = sample_directions(len(z), count, self.rank, self.sampling, generator).to(z.device)
         return inside @ basis
 
+    def energy(self, slopes: Tensor, whole: int) -> Tensor:
+        """See `Directions`: as E[D^2] = |P g|^2 / r."""
+        return self.dimension(whole) * slopes.square().mean(1)
+
 
 @dataclass(frozen=True)
 class Guided:
@@ -168,6 +180,11 @@ class Guided:
         others = self.others.draw(z, count - 1, loss, generator)
         others = others - (others @ first.transpose(1, 2)) * first
         return torch.cat([first, unit(others)], dim=1)
+
+    def energy(self, slopes: Tensor, whole: int) -> Tensor:
+        """See `Directions`: the first slope's share is what it is, the others speak for what is orthogonal to it."""
+        first, others = slopes[:, 0].square(), slopes[:, 1:]
+        return first + (1 - 1 / whole) * self.others.energy(others, whole) if others.shape[1] else first
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class RandomGradientEstimator:
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
         """Estimates the gradient of each image's loss; see `Estimator`.
 
-        Its own error estimate cannot see the bias of forward differences, nor what lies outside a subspace.
+        Its own error estimate cannot see the bias of forward differences, nor what lies outside a subspace; of the
+        noise, orthonormal directions show only the share 1 - q / r; along the surrogate's gradient alone it is zero.
         """
         slopes = self.measure(z, loss, generator, budget)
         gradient, error = self.assemble(slopes)
@@ -63,7 +64,7 @@ class RandomGradientEstimator:
         """(N, d) estimates from slopes, and the (N,) estimates of their squared errors."""
         count = slopes.values.shape[1]
         rank = self.where.dimension(slopes.directions.shape[2])
-        energy = rank * slopes.values.square().mean(1)  # of the gradient, as far as the directions show it
+        energy = self.where.energy(slopes.values, slopes.directions.shape[2])
         if self.combine == "unbiased":
             gradient = torch.einsum("nq,nqd->nd", slopes.values, slopes.directions) * (rank / count)
             assert self.where.sampling is not None  # or it would have been refused

@@ -19,7 +19,7 @@ def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
         side: Frequencies along each axis.
 
     Returns:
-        (C side^2, C H W) orthonormal rows, for `FixedSpan`.
+        (C side^2, C H W) orthonormal rows, the lowest frequencies first, for `FixedSpan`.
 
     Raises:
         ValueError: There are not so many frequencies.
@@ -30,7 +30,9 @@ def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
     vertical, horizontal = cosine_basis(height, side), cosine_basis(width, side)
     plane = torch.einsum("ah,bw->abhw", vertical, horizontal).reshape(side * side, height * width)
     rows: Tensor = torch.kron(torch.eye(channels), plane)
-    return rows
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    frequency = places.square().sum(1).repeat(channels)
+    return rows[frequency.argsort(stable=True)]
 
 
 def cosine_basis(length: int, count: int) -> Tensor:
@@ -109,4 +111,9 @@ class DecoderTangents:
             moved: Tensor = torch.func.jvp(self.autoencoder.decode, (at,), (inside.reshape(at.shape),))[1]
         tangents = moved.flatten(1).view(len(z), count, -1)
         basis: Tensor = torch.linalg.qr(tangents.transpose(1, 2)).Q
-        return basis.transpose(1, 2)
+        signs = 2.0 * torch.randint(2, (len(z), 1, count), generator=generator) - 1  # as in `sample_directions`
+        return (basis * signs.to(z.device)).transpose(1, 2)
+
+    def energy(self, slopes: Tensor, whole: int) -> Tensor:
+        """See `Directions`; as if they were isotropic in the span."""
+        return self.dimension(whole) * slopes.square().mean(1)

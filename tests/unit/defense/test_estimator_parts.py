@@ -88,9 +88,8 @@ RANDOM = RandomGradientEstimator(6, 0.1)
         (ControlVariate(RANDOM), 3 * 4 + 2, 3 * 4),
         (CoordinateGradientEstimator(0.1), 3 * 2 * D, 3 * 2 * D),
         (CoordinateGradientEstimator(0.1, "forward"), 3 * (D + 1), 3 * (D + 1)),
-        (SurrogateGradient(2, 0.1), None, 3 + 2),
-        (SurrogateGradient(2, 0.1), 3 + 1, 3 + 1),
-        (SurrogateGradient(2, 0.1), 3, 3),
+        (SurrogateGradient(0, 0.1), 3, 3),
+        (SurrogateGradient(8, 0.1), None, 3 + 3),
         (SurrogateGradient(8, 0.1), 1000, 3 + 3),
     ],
     ids=repr,
@@ -113,7 +112,8 @@ def test_what_was_spent_is_what_was_evaluated_and_stays_in_the_budget(gradient, 
         (ControlVariate(RANDOM), 3 * 2),
         (CoordinateGradientEstimator(0.1), 3 * 2 * D),
         (CoordinateGradientEstimator(0.1, "forward"), 3 * (D + 1)),
-        (SurrogateGradient(2, 0.1), 3),
+        (SurrogateGradient(0, 0.1), 3),
+        (SurrogateGradient(8, 0.1), 3 + 3),
     ],
     ids=repr,
 )
@@ -201,6 +201,38 @@ def test_the_surrogates_stated_error_is_a_lower_bound(gradient):
 
 
 # Where they look
+
+
+def test_too_few_checks_to_confirm_anything_are_refused():
+    with pytest.raises(ValueError, match="4 slopes cannot confirm a surrogate: check none, or at least 5"):
+        SurrogateGradient(4, 0.1)
+
+
+def test_the_lowest_frequencies_come_first_in_every_channel():
+    rows = low_frequencies((2, 8, 8), 3)
+    constant = torch.full((64,), 1 / 8)
+    torch.testing.assert_close(rows[0], torch.cat([constant, torch.zeros(64)]))
+    torch.testing.assert_close(rows[1], torch.cat([torch.zeros(64), constant]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_error_that_guided_directions_state(count):
+    """With others beside the surrogate's gradient, the stated error is the real one in the mean; alone it is zero."""
+    draws = 4000
+    true = torch.zeros(D)
+    true[0] = 1.0
+    known = torch.zeros(D)
+    known[:2] = torch.tensor([0.8, 0.6])
+    loss, _ = surrogate_loss(true, known)
+    estimator = RandomGradientEstimator(count, 0.1, Guided(), combine="projection")
+    estimate = estimator(torch.zeros(draws, D), loss, generator())
+    real = (estimate.gradient - true).square().sum(1).mean()
+    if count == 1:
+        assert estimate.error.abs().max() < 1e-5
+        assert real == pytest.approx(0.36, abs=1e-4)
+    else:
+        tolerance = 5 * estimate.error.std().item() / draws**0.5
+        assert estimate.error.mean().item() == pytest.approx(real.item(), abs=tolerance)
 
 
 def test_low_frequencies_are_orthonormal_and_hold_what_is_smooth():
@@ -303,7 +335,6 @@ class Curved(Autoencoder):
         return self.out(codes).tanh().view(-1, *self.shape)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own
 def test_decoder_tangents_span_the_decoders_jacobian(gradient):
     autoencoder = Curved()
     z, where = normal(3, 1, 4, 6, seed=1), DecoderTangents(autoencoder)
@@ -377,7 +408,7 @@ def test_an_unchecked_surrogate_is_believed_as_it_is(gradient):
     "estimator",
     [
         ControlVariate(RANDOM),
-        SurrogateGradient(2, 0.1),
+        SurrogateGradient(5, 0.1),
         RandomGradientEstimator(3, 0.1, Guided(), combine="projection"),
         RandomGradientEstimator(2, 0.1, Subspace(SurrogateSpan(2), 2)),
     ],
