@@ -93,7 +93,7 @@ class SurrogateSettings:
     """How a surrogate learns.
 
     Attributes:
-        warm_up: Victim queries from which it learns before the first step of the sanitizer.
+        warm_up: Answers from which it learns before the first step of the sanitizer.
         warm_up_steps: Its optimiser steps then.
         steps: Its optimiser steps after each step of the sanitizer.
         batch: Answers a step.

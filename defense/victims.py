@@ -1,17 +1,17 @@
-"""The black box as the defence sees it: a callable, a ledger of what it cost, and a probe of how exact it is."""
+"""The black box as the defence sees it: a callable, and a ledger of what it cost."""
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted, InvalidAnswer
-from defense.objectives import ScoreKind, stability_loss
+from defense.objectives import ScoreKind
 
-_SUM_TOLERANCE = 1e-2  # admits probabilities rounded to two digits; logits are far outside
+_ROUNDED_BY = 0.005  # each of K probabilities rounded to two digits may be off by so much
+_LARGEST_TOLERANCE = 0.25
 
 
 class Victim(Protocol):
@@ -87,6 +87,8 @@ class MeteredVictim:
         ledger: Where the queries are charged, before they are sent.
         num_classes: K, once it is known; None accepts any K of at least 2.
         kind: What the scores are, once it is known; probabilities are checked to be distributions.
+        rounding: The decimal unit to which its probabilities are rounded, once it is known; see `read`.
+        queries_per_image: What one image costs: V behind a `defense.votes.VotingVictim`.
     """
 
     def __init__(
@@ -95,10 +97,14 @@ class MeteredVictim:
         ledger: QueryLedger,
         num_classes: int | None = None,
         kind: ScoreKind | None = None,
+        rounding: float | None = None,
+        queries_per_image: int = 1,
     ) -> None:
         self.ledger = ledger
         self.num_classes = num_classes
         self.kind = kind
+        self.rounding = rounding
+        self.queries_per_image = queries_per_image
         self._victim = victim
 
     def query(self, images: Tensor, purpose: str) -> Tensor:
@@ -115,10 +121,21 @@ class MeteredVictim:
             BudgetExhausted: The images exceed the budget; nothing was sent.
             InvalidAnswer: The answer has another shape, is not finite, or is no distribution although it should be.
         """
-        self.ledger.charge(purpose, len(images))
+        self.ledger.charge(purpose, len(images) * self.queries_per_image)
         scores = self._victim(images).to(images.device, torch.float32)
         self._check(scores, len(images))
-        return scores
+        return self.read(scores)
+
+    def read(self, scores: Tensor) -> Tensor:
+        """What rounded probabilities may have been: zeros become half of the unit to which they were rounded.
+
+        The logarithm of a zero would be -87 in float32, and the step from there to the first unit that is not rounded
+        away would drown all other differences. Labels (a unit of 1) are left as they are: half a unit for every class
+        would mean "undecided".
+        """
+        if self.kind != "probabilities" or self.rounding is None or self.rounding == 1.0:
+            return scores
+        return scores.clamp_min(self.rounding / 2)
 
     def _check(self, scores: Tensor, count: int) -> None:
         expected = "K" if self.num_classes is None else str(self.num_classes)
@@ -134,80 +151,11 @@ class MeteredVictim:
             )
         if not torch.isfinite(scores).all():
             raise InvalidAnswer("the victim answered scores that are not finite (NaN or infinity)")
-        if self.kind == "probabilities" and not _is_distribution(scores):
+        if self.kind == "probabilities" and not is_distribution(scores):
             raise InvalidAnswer("the victim answered probabilities before, but this answer is no distribution")
 
 
-@dataclass(frozen=True)
-class ProbeReport:
-    """What the probe found out about a victim.
-
-    Attributes:
-        num_classes: K.
-        kind: Whether the scores are probabilities or logits.
-        noise: Standard deviation of the stability loss between answers to one and the same image (s in the theory).
-        response: Root mean square change of the stability loss along one random direction an image; like the noise,
-            and like a batch's gradient, it is decided by the images on which the victim is unsure.
-        mu: The length of that move, in the L2 norm of the space where the estimator steps.
-    """
-
-    num_classes: int
-    kind: ScoreKind
-    noise: float
-    response: float
-    mu: float
-
-    @property
-    def resolves_mu(self) -> bool:
-        """Whether a finite difference at `mu` stands clear of the victim's noise."""
-        return self.response > 10 * self.noise
-
-    def describe(self) -> str:
-        """One line for people."""
-        verdict = "resolved" if self.resolves_mu else "NOT resolved: the estimates will be mostly noise, raise --mu"
-        return (
-            f"{self.num_classes} classes, {self.kind}; noise floor {self.noise:.1e}, "
-            f"response at mu={self.mu:g} {self.response:.1e} ({verdict})"
-        )
-
-
-def probe(victim: MeteredVictim, images: Tensor, moved: Tensor, mu: float) -> ProbeReport:
-    """Asks the victim four times about a small batch, to learn what it answers and how exactly.
-
-    Spends 4 N queries with the purpose "probe": the batch twice, once more in reverse order and cut in two (another
-    place in another batch size must not change an answer), and the moved images. Fixes the number of classes and the
-    kind of scores on `victim`, so that every later answer is checked against them.
-
-    Args:
-        victim: The metered black box.
-        images: (N, C, H, W) in [0, 1], N of at least 2.
-        moved: (N, C, H, W) in [0, 1]: the images after a step of length `mu` in a random direction, each its own,
-            where the estimator will take its steps.
-        mu: The length of that step.
-
-    Raises:
-        BudgetExhausted: The budget does not hold 4 N queries.
-        InvalidAnswer: The victim's answers are no scores.
-    """
-    first = victim.query(images, "probe")
-    victim.num_classes = first.shape[1]
-    kind: ScoreKind = "probabilities" if _is_distribution(first) else "logits"
-    victim.kind = kind
-    targets = first.argmax(1)
-    again = victim.query(images, "probe")
-    backwards = images.flip(0)
-    half = len(images) // 2
-    regrouped = torch.cat([victim.query(backwards[:half], "probe"), victim.query(backwards[half:], "probe")]).flip(0)
-    stepped = victim.query(moved, "probe")
-
-    losses = [stability_loss(scores, targets, kind) for scores in (first, again, regrouped)]
-    # The difference of two equally noisy losses has twice the variance of one.
-    squares = torch.stack([(losses[1] - losses[0]).square(), (losses[2] - losses[0]).square()])
-    noise = (squares.mean() / 2).sqrt().item()
-    response = (stability_loss(stepped, targets, kind) - losses[0]).square().mean().sqrt().item()
-    return ProbeReport(first.shape[1], kind, noise, response, mu)
-
-
-def _is_distribution(scores: Tensor) -> bool:
-    sums = scores.sum(1)
-    return bool((scores >= 0).all() and ((sums - 1).abs() <= _SUM_TOLERANCE).all())
+def is_distribution(scores: Tensor) -> bool:
+    """Whether (N, K) scores are probabilities, also such as were rounded to two digits; logits are far outside."""
+    tolerance = min(_ROUNDED_BY * scores.shape[1], _LARGEST_TOLERANCE) + 1e-3
+    return bool((scores >= 0).all() and ((scores.sum(1) - 1).abs() <= tolerance).all())

@@ -1,19 +1,45 @@
 """The first words with a victim: what it answers, how exactly, and how it names its classes."""
 
+import argparse
 import logging
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from defense.errors import InvalidAnswer
+from defense.estimators import Difference
+from defense.noise_floor import ProbeReport, probe
 from defense.objectives import ScoreKind
 from defense.sanitizer import Sanitizer
-from defense.victims import MeteredVictim, probe
+from defense.victims import MeteredVictim
+from services.protocol.client import Wire
 from services.protocol.errors import TRANSIENT, ServiceError
-from training.cli import UserError
+from training.cli import UserError, non_negative_float, positive_int
 from training.measuring import Endpoint
 
 logger = logging.getLogger(__name__)
+
+
+def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds --wire, --votes and --vote-noise: for victims that do not answer float32 scores to float32 tensors."""
+    parser.add_argument(
+        "--wire",
+        choices=get_args(Wire),
+        default="tensor",
+        help="tensor: float32, many images a request, the default; image: one 8-bit PNG a request, for a victim that "
+        "knows only images",
+    )
+    parser.add_argument(
+        "--votes",
+        type=positive_int,
+        default=1,
+        help="for a victim that answers labels only: the label's shares among so many noisy copies, at as many queries "
+        "(default 1: its answer itself)",
+    )
+    parser.add_argument(
+        "--vote-noise", type=non_negative_float, default=0.1, help="standard deviation of theirs (default 0.1)"
+    )
 
 
 def meet(
@@ -22,27 +48,35 @@ def meet(
     sanitizer: Sanitizer,
     images: Tensor,
     sigma: float,
-    mu: float,
     seed: int,
-) -> list[str]:
+    *,
+    difference: Difference = "forward",
+    mu: float | None = None,
+    needs_differences: bool = True,
+) -> tuple[list[str], ProbeReport]:
     """Probes a victim before anything is spent on training, and logs what was found.
 
-    The probe's steps are those of training: of length mu at the border of the black box, from noisy images.
+    The probe's steps are those of training: at the border of the black box, from noisy images.
 
     Args:
-        victim: The metered black box; its number of classes and kind of scores are fixed here.
+        victim: The metered black box; its number of classes, and kind and rounding of scores, are fixed here.
         client: The same black box, unmetered; its one query here is charged to the ledger of `victim`.
         sanitizer: What will be trained.
-        images: (N, C, H, W) in [0, 1], N of at least 2; 4 N + 1 queries.
+        images: (N, C, H, W) in [0, 1], N of at least 2; `probe_queries(N)` queries and one more.
         sigma: Standard deviation of the noise.
-        mu: The step of the finite differences, in L2 norm.
         seed: Of noise and directions.
+        difference: How the estimator takes slopes.
+        mu: Their step, in L2 norm; None: the probe chooses it.
+        needs_differences: Whether the method takes finite differences at all; without, none are probed and no victim is
+            refused for its noise.
 
     Returns:
-        The victim's names of its classes, in the order of its scores; numbers where it refuses to name them.
+        The victim's names of its classes, in the order of its scores; numbers where it refuses to name them. And what
+        the probe found, the step among it.
 
     Raises:
         BudgetExhausted: The budget does not hold the probe.
+        DefenseError: No step is resolved, or the victim answers labels only; with what was measured.
         InvalidAnswer: The answers are no scores, or the names do not fit them.
         ServiceError: The victim stayed away.
     """
@@ -50,23 +84,41 @@ def meet(
         logger.info("the victim does not say that it is ready; asking it all the same, and waiting for it")
     generator = torch.Generator().manual_seed(seed)
     noisy = images + sigma * torch.randn(images.shape, generator=generator)
+    device = next(sanitizer.parameters()).device
     with torch.no_grad():
-        points = sanitizer.eval().encode(noisy.to(next(sanitizer.parameters()).device))
-        direction = torch.randn(points.shape, generator=generator).flatten(1)
-        step = (mu * direction / direction.norm(dim=1, keepdim=True)).view(points.shape).to(points.device)
-        report = probe(victim, sanitizer.decode(points), sanitizer.decode(points + step), mu)
-    logger.info("victim: %s", report.describe())
-    return _ask_labels(victim, client, images[0])
+        points = sanitizer.eval().encode(noisy.to(device))
+        report = probe(
+            victim,
+            images.to(device),
+            points,
+            sanitizer.decode,
+            generator,
+            difference=difference,
+            mu=mu,
+            needs_differences=needs_differences,
+        )
+    report.require_step()
+    unclear = report.spacings and not report.is_resolved
+    logger.log(logging.WARNING if unclear else logging.INFO, "victim: %s", report.describe())
+    return _ask_labels(victim, client, images[0]), report
 
 
-def meet_again(victim: MeteredVictim, client: Endpoint, labels: list[str], kind: ScoreKind, image: Tensor) -> None:
+def meet_again(
+    victim: MeteredVictim,
+    client: Endpoint,
+    labels: list[str],
+    kind: ScoreKind,
+    rounding: float | None,
+    image: Tensor,
+) -> None:
     """Goes on with a victim that an interrupted run has probed; one query, none where the budget is spent.
 
     Args:
-        victim: The metered black box; gets its number of classes and kind of scores from the earlier run.
+        victim: The metered black box; gets what the earlier run knows of its answers.
         client: The same black box, unmetered.
         labels: What the victim called its classes.
         kind: What its scores were.
+        rounding: To which decimal unit they were rounded; None: to none.
         image: (C, H, W) in [0, 1], to ask with.
 
     Raises:
@@ -74,7 +126,7 @@ def meet_again(victim: MeteredVictim, client: Endpoint, labels: list[str], kind:
         InvalidAnswer: The names do not fit its scores.
         ServiceError: The victim stayed away.
     """
-    victim.kind, victim.num_classes = kind, len(labels)
+    victim.kind, victim.rounding, victim.num_classes = kind, rounding, len(labels)
     remaining = victim.ledger.remaining
     if (remaining is None or remaining > 0) and _ask_labels(victim, client, image) != labels:
         raise UserError("the victim has other classes than when the run began: is it another model?")

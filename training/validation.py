@@ -99,7 +99,7 @@ class Validator:
 
     @property
     def cost(self) -> int:
-        """Queries a measurement takes, once the targets are known."""
+        """Images that a measurement asks about, once the targets are known."""
         return len(self._images)
 
     @torch.no_grad()

@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 from defense.artifact import Provenance, save_artifact
 from defense.autoencoders import Autoencoder
+from defense.difference_table import PUBLISHED_MU
 from defense.errors import InvalidAnswer
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.surrogates import Surrogate
 from defense.victims import MeteredVictim, QueryLedger
+from defense.votes import VotingVictim
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
@@ -36,14 +38,18 @@ from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger
 from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.meeting import meet, meet_again
+from training.presets import PRESETS, expanded
 from training.provenance import settings_of, versions
 from training.student import Student
 from training.validation import Validation
 from training.zo_options import (
+    AUTO,
     add_zo_arguments,
     build_estimator,
+    difference_of,
     fit_settings,
     method_name,
+    needs_differences,
     recorded,
     surrogate_settings,
     uses_surrogate,
@@ -55,7 +61,7 @@ logger = logging.getLogger(__name__)
 Connect = Callable[..., AbstractContextManager[Endpoint]]
 """Takes the arguments of `HTTPVictim`."""
 
-_PROBE_IMAGES = 16
+_PROBE_IMAGES = 32
 _MAY_CHANGE = frozenset(
     {
         "victim_url",
@@ -78,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.zo_fit", description=__doc__.partition("\n")[0])
     cli.add_data_arguments(parser)
     cli.add_device_argument(parser)
+    parser.add_argument("--preset", choices=PRESETS, help="a method by name; flags beside it override its own")
     add_zo_arguments(parser)
     return parser
 
@@ -92,7 +99,8 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) ->
     Returns:
         The exit code: 0 when an artifact was written.
     """
-    return cli.run(partial(_fit, connect=connect), build_parser(), argv)
+    typed = sys.argv[1:] if argv is None else argv
+    return cli.run(partial(_fit, connect=connect), build_parser(), expanded(typed))
 
 
 def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
@@ -110,7 +118,8 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
         start.requires_grad_(True).to(device)
-        estimator = build_estimator(arguments, start, _decoder(arguments, splits, device))
+        build = partial(build_estimator, arguments, start, _decoder(arguments, splits, device))
+        build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
 
         spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
         ledger = QueryLedger(arguments.max_queries, spent, journal.write)
@@ -121,19 +130,32 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 in_flight=arguments.in_flight,
                 patience_s=arguments.patience,
                 on_resend=partial(ledger.charge, "resent"),
+                wire=arguments.wire,
             )
         )
-        victim = MeteredVictim(client, ledger)
+        victim = _metered(client, ledger, arguments)
         if checkpoint is None:
             sample = _some(splits.train.images, _PROBE_IMAGES, arguments.seed)
-            labels = meet(victim, client, start, sample, arguments.sigma, arguments.mu, arguments.seed)
+            labels, report = meet(
+                victim,
+                client,
+                start,
+                sample,
+                arguments.sigma,
+                arguments.seed,
+                difference=difference_of(arguments),
+                mu=None if arguments.mu == AUTO else arguments.mu,
+                needs_differences=needs_differences(arguments),
+            )
+            mu = report.mu
         else:
-            labels = checkpoint.state["labels"]
-            meet_again(victim, client, labels, checkpoint.state["kind"], splits.train.images[0])
+            known = checkpoint.state
+            labels, mu = known["labels"], known["mu"]
+            meet_again(victim, client, labels, known["kind"], known["rounding"], splits.train.images[0])
         trainer = Trainer(
             sanitizer=start,
             victim=victim,
-            estimator=estimator,
+            estimator=build(mu),
             images=splits.train.images,
             validation_images=_some(splits.validation.images, arguments.validation_images, arguments.seed),
             settings=fit_settings(arguments),
@@ -143,6 +165,8 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 "architecture": start.config.model_dump(mode="json"),
                 "labels": labels,
                 "kind": victim.kind,
+                "rounding": victim.rounding,
+                "mu": mu,
             },
             student=_student(arguments, start, len(labels), device),
         )
@@ -217,6 +241,15 @@ def _decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device
         return None
     folder: Path = arguments.pretrained or arguments.out / "pretrained"
     return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
+
+
+def _metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace) -> MeteredVictim:
+    """The victim behind its ledger, and behind votes where they are asked for."""
+    if arguments.votes == 1:
+        return MeteredVictim(client, ledger)
+    # Its noise is no part of a checkpoint; a resumed run shall at least not see that of the first steps again.
+    voting = VotingVictim(client, arguments.votes, arguments.vote_noise, arguments.seed + ledger.total)
+    return MeteredVictim(voting, ledger, queries_per_image=voting.queries_per_image)
 
 
 def _student(arguments: argparse.Namespace, start: Sanitizer, classes: int, device: torch.device) -> Student | None:

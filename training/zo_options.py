@@ -1,6 +1,7 @@
 """The arguments of `zo_fit`, and the parts that they name."""
 
 import argparse
+import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_args
@@ -33,10 +34,11 @@ from defense.estimators import (
 from defense.sanitizer import Sanitizer
 from defense.surrogates import SurrogateSettings
 from training import cli, pretrain
+from training.meeting import add_answer_arguments
 from training.zo_settings import FitSettings
 
 AUTO = "auto"
-"""The choice of --sanitizer that leaves the reconstruction to validation."""
+"""The choice of --sanitizer that leaves the reconstruction to validation, and of --mu that leaves it to the probe."""
 
 
 def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,7 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     victim.add_argument("--batch-images", type=cli.positive_int, default=256, help="images a request (default 256)")
     victim.add_argument("--in-flight", type=cli.positive_int, default=4, help="requests at once (default 4)")
+    add_answer_arguments(victim)
 
     method = parser.add_argument_group("the method")
     method.add_argument(
@@ -91,7 +94,9 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--difference", choices=get_args(Difference), help="default: forward for RGE, central for CGE, as published"
     )
-    method.add_argument("--mu", type=cli.positive_float, default=0.005, help="step, in L2 norm (default 0.005)")
+    method.add_argument(
+        "--mu", type=_step, default=AUTO, help="step, in L2 norm; auto: what the probe finds clear of noise (default)"
+    )
     method.add_argument("--batch", type=cli.positive_int, default=32, help="images an optimiser step (default 32)")
     method.add_argument("--learning-rate", type=cli.positive_float, default=3e-5, help="Adam's (default 3e-5)")
     method.add_argument(
@@ -113,7 +118,7 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=cli.positive_int, help="queries it learns from before the first step (default: a fifth)"
     )
     surrogate.add_argument(
-        "--warm-up-steps", type=cli.positive_int, default=1200, help="its optimiser steps on them (default 1200)"
+        "--warm-up-steps", type=cli.positive_int, help="its optimiser steps on them (default: one for ten queries)"
     )
     surrogate.add_argument(
         "--student-steps", type=cli.positive_int, default=2, help="its optimiser steps after each step (default 2)"
@@ -142,6 +147,23 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--resume", action="store_true", help="continue the run in OUT, its ledger intact")
 
 
+def _step(text: str) -> str | float:
+    return text if text == AUTO else cli.positive_float(text)
+
+
+def difference_of(arguments: argparse.Namespace) -> Difference:
+    """How the method takes slopes."""
+    if arguments.estimator == "surrogate":
+        return "forward"
+    difference: Difference = arguments.difference or ("central" if arguments.estimator == "cge" else "forward")
+    return difference
+
+
+def needs_differences(arguments: argparse.Namespace) -> bool:
+    """Whether the method takes finite differences of the victim's answers, and so a step that its noise allows."""
+    return arguments.estimator != "exact" and not (arguments.estimator == "surrogate" and arguments.checked == 0)
+
+
 def uses_surrogate(arguments: argparse.Namespace) -> bool:
     """Whether the method needs a student of the victim."""
     flags = arguments.guided or arguments.control_variate or arguments.subspace == "surrogate"
@@ -150,29 +172,33 @@ def uses_surrogate(arguments: argparse.Namespace) -> bool:
 
 def surrogate_settings(arguments: argparse.Namespace) -> SurrogateSettings:
     """How the student learns."""
+    warm_up = max(1, (arguments.warm_up or arguments.max_queries // 5) // arguments.votes)
     return SurrogateSettings(
-        warm_up=arguments.warm_up or arguments.max_queries // 5,
-        warm_up_steps=arguments.warm_up_steps,
+        warm_up=warm_up,
+        warm_up_steps=arguments.warm_up_steps or math.ceil(warm_up / 10),
         steps=arguments.student_steps,
         slope_weight=arguments.slope_weight,
     )
 
 
-def build_estimator(arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None) -> Estimator:
+def build_estimator(
+    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
+) -> Estimator:
     """The estimator that the arguments name.
 
     Args:
         arguments: Those of `add_zo_arguments`.
         sanitizer: What will be trained.
         autoencoder: The pre-trained one, for --subspace decoder.
+        mu: The step of finite differences.
 
     Raises:
         UserError: The arguments do not fit each other, or the sanitizer.
     """
-    mu, difference = arguments.mu, arguments.difference
+    difference = difference_of(arguments)
     match arguments.estimator:
         case "cge":
-            return CoordinateGradientEstimator(mu, difference or "central")
+            return CoordinateGradientEstimator(mu, difference)
         case "surrogate":
             return SurrogateGradient(arguments.checked, mu)
         case "exact":
@@ -182,7 +208,7 @@ def build_estimator(arguments: argparse.Namespace, sanitizer: Sanitizer, autoenc
         where = Guided(where)
     combine: Combination = "projection" if arguments.guided else arguments.combine
     try:
-        random = RandomGradientEstimator(arguments.directions, mu, where, difference or "forward", combine)
+        random = RandomGradientEstimator(arguments.directions, mu, where, difference, combine)
     except ValueError as error:
         raise cli.UserError(f"{error} (--combine projection)") from error
     return ControlVariate(random) if arguments.control_variate else random

@@ -169,11 +169,11 @@ class Trainer:
         """Ends training while the budget still holds the validation of its last state.
 
         Args:
-            beforehand: Queries that will be spent before the step.
+            beforehand: Images that will be asked about before the step.
         """
         ledger = self.victim.ledger
         a_step = self.settings.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
-        needed = beforehand + a_step + self._validation_cost
+        needed = (beforehand + a_step + self._validation_cost) * self.victim.queries_per_image
         if ledger.remaining is not None and ledger.remaining < needed:
             raise BudgetExhausted(
                 f"{ledger.total} of {ledger.max_queries} queries are spent, and a step with its validation may need "

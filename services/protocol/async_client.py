@@ -4,13 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import httpx
 import numpy as np
 import numpy.typing as npt
 
-from services.protocol import oip
+from services.protocol import oip, uploads
 from services.protocol.errors import (
     TRANSIENT,
     ServiceError,
@@ -26,13 +26,16 @@ from services.protocol.replicas import Replica
 CONNECT_TIMEOUT_S = 5.0
 """How long a replica is given at most to take a connection, and to tell its health."""
 
+Wire = Literal["tensor", "image"]
+"""How images travel: many a request as float32 tensors, or each by itself as an 8-bit PNG."""
+
 _WORDS_LENGTH = 500
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 _NOT_READY = (UpstreamUnreachable.status, Unavailable.status, UpstreamTimeout.status)
 
 
 class AsyncVictimClient:
-    """Asks one victim, at one or several URLs, in large binary requests.
+    """Asks one victim, at one or several URLs, in large binary requests, or image by image where it knows only images.
 
     Args:
         urls: replicas of one victim; each request goes to the one with the fewest requests outstanding.
@@ -47,6 +50,8 @@ class AsyncVictimClient:
             once to another replica that is not resting.
         on_resend: called with the number of images before they are transmitted once more after an earlier
             transmission failed. What it raises ends the request and reaches the caller.
+        wire: "tensor": Open Inference Protocol, float32 there and back. "image": each image is uploaded by itself, as
+            an 8-bit PNG in a form, and JSON comes back (`services.protocol.uploads`); `batch` has no meaning then.
         transport: in place of the network, for tests.
 
     Raises:
@@ -63,6 +68,7 @@ class AsyncVictimClient:
         timeout_s: float = 60.0,
         patience_s: float = 0.0,
         on_resend: Callable[[int], None] | None = None,
+        wire: Wire = "tensor",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Opens no connection yet."""
@@ -71,7 +77,9 @@ class AsyncVictimClient:
         if batch < 1 or in_flight < 1 or timeout_s <= 0 or patience_s < 0:
             raise ValueError("batch, in_flight and timeout_s must be positive, patience_s not negative")
         self._replicas = [Replica.at(url) for url in urls]
-        self._batch = batch
+        self._batch = batch if wire == "tensor" else 1
+        self._wire = wire
+        self._labels: tuple[str, ...] | None = None
         self._patience_s = patience_s
         self._on_resend = on_resend
         self._slots = asyncio.Semaphore(in_flight)
@@ -101,8 +109,9 @@ class AsyncVictimClient:
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected images of shape (N,C,H,W) with N at least 1, got {images.shape}")
         images = np.asarray(images, dtype=np.float32)
+        ask = self._infer_chunk if self._wire == "tensor" else self._infer_image
         chunks = [images[start : start + self._batch] for start in range(0, len(images), self._batch)]
-        tasks = [asyncio.create_task(self._infer_chunk(chunk)) for chunk in chunks]
+        tasks = [asyncio.create_task(ask(chunk)) for chunk in chunks]
         try:
             answers = await asyncio.gather(*tasks)
         except BaseException:
@@ -118,16 +127,19 @@ class AsyncVictimClient:
         """The victim's JSON answer on one image (C,H,W), which travels as an 8-bit PNG.
 
         Returns:
-            at least `label` (str), `labels` (list of K str) and `probabilities` (list of K float).
+            at least `label` (str) and `labels` (list of K str); `probabilities` (list of K float) where it has any.
         """
         async with self._slots:
-            response = await self._post(encode_png(image), {"Content-Type": "image/png"}, count=1)
+            body, headers = encode_png(image), {"Content-Type": "image/png"}
+            if self._wire == "image":
+                body, headers = uploads.encode_upload(image)
+            response = await self._post(body, headers, count=1)
         try:
             answer = response.json()
         except ValueError as error:
             raise UpstreamInvalid(f"the victim's answer is no JSON: {error}") from error
-        if not isinstance(answer, dict) or not {"label", "labels", "probabilities"} <= answer.keys():
-            raise UpstreamInvalid("the victim's answer has no label, labels and probabilities")
+        if not isinstance(answer, dict) or not {"label", "labels"} <= answer.keys():
+            raise UpstreamInvalid("the victim's answer has no label and labels")
         return answer
 
     async def ready(self) -> bool:
@@ -167,6 +179,18 @@ class AsyncVictimClient:
         if not np.isfinite(scores).all():
             raise UpstreamInvalid("the victim answered scores that are not finite")
         return scores
+
+    async def _infer_image(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The same for a single image, as an upload; (1,K)."""
+        async with self._slots:
+            body, headers = uploads.encode_upload(images[0])
+            response = await self._post(body, headers, count=1)
+        told = uploads.read_told(response.content)
+        if told.labels is not None:
+            self._labels = self._labels or told.labels
+            if told.labels != self._labels:
+                raise UpstreamInvalid("the victim changed its classes, or their order, between two requests")
+        return told.scores[None]
 
     async def _post(self, body: bytes, headers: dict[str, str], *, count: int) -> httpx.Response:
         """Sends `count` images, again and again as far as patience goes; returns an answer with status 200."""

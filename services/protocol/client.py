@@ -9,9 +9,9 @@ from typing import Any, Self, TypeVar
 import httpx
 import torch
 
-from services.protocol.async_client import AsyncVictimClient
+from services.protocol.async_client import AsyncVictimClient, Wire
 
-__all__ = ["AsyncVictimClient", "HTTPVictim"]
+__all__ = ["AsyncVictimClient", "HTTPVictim", "Wire"]
 
 _T = TypeVar("_T")
 
@@ -32,6 +32,7 @@ class HTTPVictim:
         timeout_s: float = 60.0,
         patience_s: float = 0.0,
         on_resend: Callable[[int], None] | None = None,
+        wire: Wire = "tensor",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Starts the thread; opens no connection yet."""
@@ -42,6 +43,7 @@ class HTTPVictim:
             timeout_s=timeout_s,
             patience_s=patience_s,
             on_resend=on_resend,
+            wire=wire,
             transport=transport,
         )
         self._loop = asyncio.new_event_loop()

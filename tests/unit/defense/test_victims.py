@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted, InvalidAnswer
-from defense.victims import MeteredVictim, QueryLedger, probe
+from defense.victims import MeteredVictim, QueryLedger, is_distribution
 
 
 def softmax_victim(images: Tensor) -> Tensor:
@@ -60,49 +60,30 @@ def test_nonsense_is_refused(answer, message):
         victim.query(images(6), "training")
 
 
-def test_the_probe_finds_an_exact_victim_exact():
-    victim = MeteredVictim(softmax_victim, QueryLedger())
-    report = probe(victim, images(), images() + 0.01, mu=0.08)
-    assert (report.num_classes, report.kind) == (3, "probabilities")
-    assert report.noise < 1e-6
-    assert report.resolves_mu
-    assert "resolved" in report.describe()
-    assert victim.ledger.spent == {"probe": 24}
-    assert (victim.num_classes, victim.kind) == (3, "probabilities")
+def test_every_query_of_an_image_is_charged():
+    ledger = QueryLedger(20)
+    victim = MeteredVictim(softmax_victim, ledger, queries_per_image=3)
+    victim.query(images(6), "training")
+    assert ledger.total == 18
+    with pytest.raises(BudgetExhausted, match="the next 3 queries"):
+        victim.query(images(1), "training")
 
 
-def test_the_probe_measures_the_noise_of_a_noisy_victim():
-    noise, s = torch.Generator().manual_seed(0), 0.1
-
-    def noisy_logits(batch: Tensor) -> Tensor:
-        mean = batch.flatten(1).mean(1)
-        # The loss of two logits (a, 0) moves by about half of a's move where a is near zero.
-        return torch.stack([mean + 2 * s * torch.randn(len(batch), generator=noise), 0 * mean], dim=1)
-
-    victim = MeteredVictim(noisy_logits, QueryLedger())
-    report = probe(victim, images(400) * 0, images(400) * 0 + 1e-3, mu=0.008)
-    assert report.kind == "logits"
-    assert report.noise == pytest.approx(s, rel=0.15)
-    assert not report.resolves_mu
-    assert "NOT resolved" in report.describe()
+def test_zeros_of_rounded_probabilities_are_read_as_half_a_unit():
+    victim = MeteredVictim(lambda _: torch.tensor([[1.0, 0.0, 0.0]]), QueryLedger(), kind="probabilities")
+    assert victim.query(images(1), "training").tolist() == [[1.0, 0.0, 0.0]]
+    victim.rounding = 0.01
+    torch.testing.assert_close(victim.query(images(1), "training"), torch.tensor([[1.0, 0.005, 0.005]]))
+    victim.rounding = 1.0  # labels
+    assert victim.query(images(1), "training").tolist() == [[1.0, 0.0, 0.0]]
+    victim.kind, victim.rounding = "logits", 0.01
+    assert victim.query(images(1), "training").tolist() == [[1.0, 0.0, 0.0]]
 
 
-def test_images_on_which_the_victim_is_sure_do_not_hide_that_a_step_is_resolved():
-    def sure_of_bright_images(batch: Tensor) -> Tensor:
-        score = 1000 * batch.flatten(1).mean(1)
-        return torch.stack([score, 0 * score], dim=1).softmax(1)
-
-    batch = torch.cat([torch.ones(5, 1, 8, 8), torch.zeros(1, 1, 8, 8)])
-    moved = torch.cat([torch.ones(5, 1, 8, 8) - 1e-3, torch.full((1, 1, 8, 8), 1e-3)])
-    report = probe(MeteredVictim(sure_of_bright_images, QueryLedger()), batch, moved, mu=0.008)
-    assert report.resolves_mu
-
-
-def test_an_image_whose_answer_depends_on_its_batch_counts_as_noise():
-    def position_dependent(batch: Tensor) -> Tensor:
-        first = softmax_victim(batch)
-        first[0] = first[0].roll(1)
-        return first
-
-    victim = MeteredVictim(position_dependent, QueryLedger())
-    assert probe(victim, images(), images(), 0.005).noise > 1e-3
+@pytest.mark.parametrize(("classes", "sharpness"), [(2, 1.0), (4, 3.0), (10, 1.0), (10, 5.0)])
+def test_probabilities_that_were_rounded_to_two_digits_are_still_a_distribution(classes, sharpness):
+    scores = torch.randn(2000, classes, generator=torch.Generator().manual_seed(0)).mul(sharpness).softmax(1)
+    assert is_distribution(scores)
+    assert is_distribution(torch.round(scores, decimals=2))
+    assert not is_distribution(torch.randn(20, classes))
+    assert not is_distribution(2 * scores)

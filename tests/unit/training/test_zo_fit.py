@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defense.artifact import load_artifact
+from defense.noise_floor import probe_queries
 from services.protocol.errors import UnsupportedMedia, UpstreamUnreachable
 from training import pretrain, zo_fit
 from training.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
@@ -15,6 +16,7 @@ from training.datasets import ImageSet, Splits
 
 SIZE = 16
 LABELS = ["left", "right"]
+PROBE = probe_queries(32) + 1  # and one for the names of the classes
 
 
 def half_images(count: int, seed: int) -> Tensor:
@@ -47,8 +49,8 @@ class Endpoint:
         self.urls: list[str] = []
 
     @contextmanager
-    def connect(self, urls, **_):
-        self.urls = urls
+    def connect(self, urls, **options):
+        self.urls, self.options = urls, options
         yield self
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -99,11 +101,11 @@ def fit(endpoint, pretrained, tmp_path, monkeypatch):
 
 
 def test_the_artifact_accounts_for_every_image_the_victim_received(fit, endpoint, tmp_path):
-    assert fit("--max-queries", "600") == 0
+    assert fit("--max-queries", "900") == 0
     manifest = load_artifact(tmp_path / "out").manifest
-    assert manifest.queries_spent == endpoint.received <= 600
+    assert manifest.queries_spent == endpoint.received <= 900
     assert set(manifest.queries) == {"probe", "targets", "training", "validation", "validation targets"}
-    assert manifest.queries["probe"] == 4 * 16 + 1
+    assert manifest.queries["probe"] == PROBE == 385
     assert manifest.queries["validation targets"] == 20
     assert manifest.queries["targets"] <= 60
     assert manifest.labels == LABELS
@@ -120,16 +122,16 @@ def test_the_artifact_accounts_for_every_image_the_victim_received(fit, endpoint
 
 
 def test_no_step_begins_that_the_budget_cannot_pay_together_with_its_validation(fit, endpoint, tmp_path):
-    assert fit("--max-queries", "600") == 0
+    assert fit("--max-queries", "900") == 0
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     step = 4 * (1 + 3 + 1)
-    assert 600 - endpoint.received < step + 20
+    assert 900 - endpoint.received < step + 20
     assert history[-1]["step"] == Checkpoint.load(tmp_path / "out").state["step"] > 5
 
 
 def test_the_best_validated_state_is_what_is_saved(fit, tmp_path):
     # A learning rate that ruins the sanitizer: the pre-trained state has to win.
-    assert fit("--max-queries", "600", "--learning-rate", "0.5") == 0
+    assert fit("--max-queries", "900", "--learning-rate", "0.5") == 0
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert history[0]["loss"] == min(entry["loss"] for entry in history)
     assert load_artifact(tmp_path / "out").manifest.provenance.validation["step"] == 0
@@ -159,7 +161,7 @@ def test_a_run_whose_victim_vanished_resumes_to_where_the_unbroken_run_ends(fit,
     assert fit("--steps", "6", out="unbroken") == 0
     unbroken = endpoint.received
     endpoint.received = 0
-    endpoint.fails_after = 180
+    endpoint.fails_after = PROBE + 115
     assert fit("--steps", "6") == 2
     error = capsys.readouterr().err
     assert "cannot be reached: gone" in error
@@ -177,19 +179,19 @@ def test_a_run_whose_victim_vanished_resumes_to_where_the_unbroken_run_ends(fit,
     ledger = load_artifact(tmp_path / "out").manifest.queries
     # The step that failed was booked and never answered; resuming costs one query, for the names of the classes.
     assert sum(ledger.values()) == Journal.total(tmp_path / "out") == unbroken + 1 + ledger["lost"]
-    assert ledger["probe"] == 4 * 16 + 1 + 1
+    assert ledger["probe"] == PROBE + 1
 
 
 def test_a_finished_run_goes_on_with_a_larger_budget(fit, endpoint, tmp_path):
-    assert fit("--max-queries", "400") == 0
+    assert fit("--max-queries", "700") == 0
     before = Checkpoint.load(tmp_path / "out").state["step"]
-    assert fit("--max-queries", "700", "--resume") == 0
+    assert fit("--max-queries", "1000", "--resume") == 0
     assert Checkpoint.load(tmp_path / "out").state["step"] > before
-    assert load_artifact(tmp_path / "out").manifest.queries_spent == endpoint.received <= 700
+    assert load_artifact(tmp_path / "out").manifest.queries_spent == endpoint.received <= 1000
 
 
 def test_a_finished_run_that_lost_its_artifact_writes_it_again_without_a_query(fit, endpoint, tmp_path):
-    assert fit("--max-queries", "400") == 0
+    assert fit("--max-queries", "700") == 0
     spent = load_artifact(tmp_path / "out").manifest.queries_spent
     (tmp_path / "out" / "manifest.json").unlink()
     assert fit("--max-queries", str(spent), "--resume") == 0
@@ -197,16 +199,16 @@ def test_a_finished_run_that_lost_its_artifact_writes_it_again_without_a_query(f
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew_and_keeps_its_ledger(fit, endpoint, tmp_path):
-    endpoint.fails_after = 70  # the probe, and not the first validation
-    assert fit("--max-queries", "600") == 2
+    endpoint.fails_after = PROBE + 5  # the probe, and not the first validation
+    assert fit("--max-queries", "900") == 2
     assert not (tmp_path / "out" / FILE_NAME).exists()
     sent = Journal.total(tmp_path / "out")
     endpoint.fails_after = None
-    assert fit("--max-queries", "600") == 2
-    assert fit("--max-queries", "600", "--resume") == 0
+    assert fit("--max-queries", "900") == 2
+    assert fit("--max-queries", "900", "--resume") == 0
     queries = load_artifact(tmp_path / "out").manifest.queries
-    assert queries["lost"] == sent >= 65
-    assert sum(queries.values()) <= 600
+    assert queries["lost"] == sent >= PROBE
+    assert sum(queries.values()) <= 900
 
 
 def test_resuming_needs_no_pretrained_folder(fit, tmp_path, pretrained):
@@ -283,11 +285,11 @@ def test_another_victim_behind_the_url_is_noticed_on_resuming(fit, endpoint, cap
     assert "is it another model?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("budget", [60, 64, 70, 120])
+@pytest.mark.parametrize("budget", [60, 384, 390, 440])
 def test_a_budget_below_one_step_and_its_validations_leaves_no_artifact(fit, endpoint, tmp_path, capsys, budget):
     assert fit("--max-queries", str(budget)) == 2
     assert "raise --max-queries" in capsys.readouterr().err
-    assert endpoint.received <= min(budget, 65)
+    assert endpoint.received <= min(budget, PROBE)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -340,3 +342,89 @@ def test_images_too_few_for_the_components_are_refused(tmp_path, monkeypatch, ca
     monkeypatch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
     assert pretrain.main(["--code", "100", "--out", str(tmp_path)]) == 2
     assert "100 principal components need more than 100 images, got 60" in capsys.readouterr().err
+
+
+def labels_only(images: Tensor) -> Tensor:
+    difference = (images[..., : SIZE // 2] - images[..., SIZE // 2 :]).mean((1, 2, 3))
+    return torch.nn.functional.one_hot((difference < 0).long(), 2).float()
+
+
+def coarse(images: Tensor) -> Tensor:
+    """Probabilities rounded to 2 digits."""
+    difference = (images[..., : SIZE // 2] - images[..., SIZE // 2 :]).mean((1, 2, 3))
+    return torch.round(torch.stack([30 * difference, -30 * difference], dim=1).softmax(1), decimals=2)
+
+
+def test_the_step_that_the_probe_found_is_said_kept_and_resumed(fit, endpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
+    endpoint.answer = coarse
+    assert fit("--steps", "1") == 0
+    state = Checkpoint.load(tmp_path / "out").state
+    assert state["settings"]["mu"] == "auto"
+    assert state["rounding"] == 0.01
+    assert state["mu"] > 0.005
+    said = next(record.message for record in caplog.records if "formula 5" in record.message)
+    for part in ("rounded to 0.01", "noise floor s = ", "curvature", f"mu = {state['mu']:.3g}", "is resolved"):
+        assert part in said
+    assert fit("--steps", "2", "--resume") == 0
+    assert load_artifact(tmp_path / "out").manifest.provenance.estimator["mu"] == state["mu"]
+    assert Checkpoint.load(tmp_path / "out").state["mu"] == state["mu"]
+
+
+def test_a_given_step_is_kept_and_the_probes_doubts_are_told(fit, endpoint, tmp_path, caplog):
+    endpoint.answer = coarse
+    assert fit("--steps", "1", "--mu", "0.001") == 0
+    assert load_artifact(tmp_path / "out").manifest.provenance.estimator["mu"] == 0.001
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("mu = 0.001 (given) is NOT resolved" in message for message in warned)
+
+
+@pytest.mark.parametrize("mu", ["-1", "0", "nan", "automatic"])
+def test_a_step_that_is_none_is_refused(fit, endpoint, capsys, mu):
+    with pytest.raises(SystemExit):
+        fit("--mu", mu)
+    assert "--mu" in capsys.readouterr().err
+    assert endpoint.received == 0
+
+
+def test_a_victim_of_noise_is_refused_before_anything_else_is_spent(fit, endpoint, tmp_path, capsys):
+    noise = torch.Generator().manual_seed(0)
+    endpoint.answer = lambda images: torch.randn(len(images), 2, generator=noise)
+    assert fit("--steps", "1") == 2
+    assert "no step of finite differences stands clear of the victim's noise" in capsys.readouterr().err
+    assert endpoint.received == Journal.total(tmp_path / "out") == PROBE - 1
+
+
+def test_a_victim_that_answers_labels_only_is_refused_by_name(fit, endpoint, capsys):
+    endpoint.answer = labels_only
+    assert fit("--steps", "1") == 2
+    error = capsys.readouterr().err
+    assert "were labels" in error
+    assert "--votes V" in error
+    assert endpoint.received == PROBE - 1
+
+
+def test_a_victim_that_answers_labels_only_is_learned_from_by_votes_and_each_is_counted(fit, endpoint, tmp_path):
+    endpoint.answer = labels_only
+    votes = ["--votes", "32", "--vote-noise", "0.3", "--mu", "1"]
+    assert fit("--steps", "2", "--max-queries", "100000", *votes) == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.queries_spent == endpoint.received == Journal.total(tmp_path / "out")
+    assert manifest.queries["probe"] == 32 * (PROBE - 1) + 1
+    assert manifest.queries["training"] == 2 * 4 * 4 * 32
+    assert fit("--steps", "3", "--max-queries", "100000", *votes, "--resume") == 0
+
+
+def test_a_method_without_differences_learns_from_labels_and_probes_for_less(fit, endpoint, tmp_path):
+    endpoint.answer = labels_only
+    flags = ["--estimator", "surrogate", "--checked", "0", "--warm-up", "40", "--warm-up-steps", "2"]
+    assert fit("--steps", "1", "--max-queries", "5000", *flags) == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.queries["probe"] == probe_queries(32, needs_differences=False) + 1 == 81
+    assert manifest.queries_spent == endpoint.received
+
+
+@pytest.mark.parametrize("wire", ["tensor", "image"])
+def test_the_wire_is_handed_to_the_client(fit, endpoint, wire):
+    assert fit("--steps", "1", "--wire", wire) == 0
+    assert endpoint.options["wire"] == wire

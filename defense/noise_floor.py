@@ -1,0 +1,246 @@
+"""How exactly a victim answers, and the step at which finite differences stand clear of its noise.
+
+The noise is measured twice: as the difference between answers to the same images, and by a table of differences
+(`defense.difference_table`), which also sees what no repetition shows: rounded scores, 8-bit images, labels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defense.difference_table import (
+    PUBLISHED_MU,
+    RESOLVED,
+    SPACINGS,
+    Spacing,
+    best_step,
+    candidates,
+    differences,
+    resolved_spacings,
+    table_noise,
+)
+from defense.errors import BudgetExhausted, DefenseError
+from defense.estimators import Difference, sample_directions
+from defense.objectives import ScoreKind, stability_loss
+from defense.victims import MeteredVictim, is_distribution
+
+_DIRECTIONS = 2  # an image
+_DIGITS = 5
+_ULP = 2.0**-22  # relative; float32 holds a rounded decimal to half of 2^-23
+_SAME_STEP = 1.5  # spacings are a factor of 2 apart
+_FORMULA: dict[Difference, str] = {"forward": "(8 s^2 / h^2)^(1/4)", "central": "(3 s / rho)^(1/3)"}
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What the probe found out about a victim.
+
+    Attributes:
+        num_classes: K.
+        kind: Whether the scores are probabilities or logits.
+        rounding: The decimal unit to which probabilities are rounded; None where they are not. 1 means that every
+            answer was a label: one class has all of the probability.
+        noise: Standard deviation s of the stability loss, in nats.
+        difference: How slopes are taken.
+        spacings: The difference table, in rising order of mu; empty where none was asked for.
+        resolved: The spacings at which a slope stands clear.
+        mu: The step to use: the given one where one was given, the published one where nothing decides it.
+        given: Whether it was.
+    """
+
+    num_classes: int
+    kind: ScoreKind
+    rounding: float | None
+    noise: float
+    difference: Difference
+    spacings: tuple[Spacing, ...]
+    resolved: tuple[Spacing, ...]
+    mu: float
+    given: bool
+
+    @property
+    def label_only(self) -> bool:
+        """Whether all answers were labels without scores."""
+        return self.rounding == 1.0
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether a finite difference at `mu` stands clear of noise and curvature."""
+        return any(1 / _SAME_STEP < self.mu / one.mu < _SAME_STEP for one in self.resolved)
+
+    @property
+    def deciding(self) -> Spacing:
+        """The spacing next to mu where that is resolved or given, else the clearest."""
+        if self.is_resolved or self.given:
+            return min(self.spacings, key=lambda one: max(one.mu / self.mu, self.mu / one.mu))
+        return min(self.spacings, key=lambda one: one.error(self.difference))
+
+    def describe(self) -> str:
+        """One line for people."""
+        rounded = "" if self.rounding is None else f" rounded to {self.rounding:g}"
+        answers = "labels without scores" if self.label_only else f"{self.kind}{rounded}"
+        found = f"{self.num_classes} classes, {answers}; noise floor s = {self.noise:.1e}"
+        if not self.spacings:
+            return found
+        shown = self.deciding
+        found += f", slope {shown.first / shown.mu:.1e}, curvature {shown.second / shown.mu**2:.1e} at {shown.mu:.3g}"
+        error = f"relative error of a slope {shown.error(self.difference):.2f}"
+        if self.is_resolved:
+            why = "given" if self.given else f"formula 5, {_FORMULA[self.difference]}"
+            return f"{found}: mu = {self.mu:.3g} ({why}) is resolved, {error}"
+        others = "and no other step is"
+        if self.resolved:
+            others = f"but {self.resolved[0].mu:.3g} to {self.resolved[-1].mu:.3g} is: use --mu auto"
+        if self.given:
+            return f"{found}: mu = {self.mu:.3g} (given) is NOT resolved, {error}, {others}"
+        return f"{found}: NOT resolved, {error}, from mu = {self.spacings[0].mu:.3g} to {self.spacings[-1].mu:.3g}"
+
+    def require_step(self) -> None:
+        """Refuses a victim on which finite differences estimate nothing.
+
+        A step that was given is taken all the same, unless the victim answers labels only.
+
+        Raises:
+            DefenseError: With what was measured, and what to do.
+        """
+        if not self.spacings:
+            return
+        if self.label_only:
+            raise DefenseError(
+                f"all of the victim's answers to the probe were labels: each gives one of its {self.num_classes} "
+                "classes all of the probability. No difference can be taken of them. --votes V asks about V noisy "
+                "copies of each image, at V queries, and takes the shares of their labels for probabilities; or "
+                "choose a method that needs no differences (--estimator surrogate --checked 0)"
+            )
+        if not (self.resolved or self.given):
+            raise DefenseError(
+                f"no step of finite differences stands clear of the victim's noise, at most {RESOLVED:g} would do: "
+                f"{self.describe()}. Let it answer unrounded float32 scores to float32 tensors (--wire tensor), search "
+                "where a step shows more (--sanitizer denoiser+autoencoder), raise --votes where there are any, or "
+                "choose a method that needs no differences (--estimator surrogate --checked 0); a number for --mu goes "
+                "on all the same"
+            )
+
+
+def probe(
+    victim: MeteredVictim,
+    clean: Tensor,
+    points: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    *,
+    difference: Difference = "forward",
+    mu: float | None = None,
+    needs_differences: bool = True,
+) -> ProbeReport:
+    """Asks the victim about a small batch, to learn what it answers, how exactly, and which step that allows.
+
+    Spends `probe_queries(N, needs_differences)` images with the purpose "probe": the clean images and the points; then,
+    of the quarter with the largest loss, the points once more, and again in reverse order and cut in two (another place
+    in another batch must not change an answer), and the difference table along two directions each. Where the loss is
+    small the victim is sure, and hardly moves: those images decide neither the noise nor the slopes of a batch.
+
+    Fixes on `victim` the number of classes, the kind of scores and their rounding, so that every later answer is
+    checked and read accordingly.
+
+    Args:
+        victim: The metered black box.
+        clean: (N, C, H, W) in [0, 1], N of at least 2; the victim's answers to them are the targets of the loss.
+        points: (N, *shape) where the estimator will step: what the sanitizer makes of noisy copies of `clean`.
+        decode: Points to (N, C, H, W) images in [0, 1].
+        generator: Of the directions, on the CPU.
+        difference: How the estimator takes slopes.
+        mu: The step, if it is given; it is then one of the spacings. None: formula 5 chooses it.
+        needs_differences: False skips the table; `mu` is then kept.
+
+    Raises:
+        BudgetExhausted: The budget does not hold the probe; nothing was sent.
+        InvalidAnswer: The victim's answers are no scores.
+    """
+    _refuse_small_budget(victim, probe_queries(len(clean), needs_differences))
+    on_clean = victim.query(clean, "probe")
+    victim.num_classes = on_clean.shape[1]
+    on_points = victim.query(decode(points), "probe")
+    kind: ScoreKind = "probabilities" if is_distribution(torch.cat([on_clean, on_points])) else "logits"
+    targets = on_clean.argmax(1)
+    unsure = stability_loss(on_points, targets, kind)
+    if kind == "probabilities":  # what was rounded, or underflowed, to zero cannot move
+        unsure = unsure.where(on_points.gather(1, targets.unsqueeze(1)).squeeze(1) > 0, 0.0)
+    looked_at = unsure.topk(_looked_at(len(clean))).indices
+    points, targets, first = points[looked_at], targets[looked_at], on_points[looked_at]
+    images = decode(points)
+    again = victim.query(images, "probe")
+    halves = images.flip(0).split(-(-len(images) // 2))
+    regrouped = torch.cat([victim.query(half, "probe") for half in halves]).flip(0)
+
+    spacings = candidates(mu) if needs_differences else []
+    rows = torch.arange(len(points)).repeat_interleave(_DIRECTIONS)
+    around = first[:0]
+    if spacings:
+        flat = points[rows].flatten(1)
+        directions = sample_directions(len(rows), 1, flat.shape[1], "sphere", generator)[:, 0].to(flat)
+        offsets = [*(-one for one in spacings), *spacings, 2 * spacings[-1]]
+        moved = torch.cat([flat + offset * directions for offset in offsets])
+        around = victim.query(decode(moved.view(-1, *points.shape[1:])), "probe")
+    everything = torch.cat([on_clean, on_points, again, regrouped, around])
+    rounding = _rounding(everything) if kind == "probabilities" else None
+    victim.kind, victim.rounding = kind, rounding
+
+    def losses(scores: Tensor, wanted: Tensor) -> Tensor:
+        return stability_loss(victim.read(scores), wanted, kind)
+
+    here = losses(first, targets)
+    # The difference of two equally noisy losses has twice the variance of one.
+    changes = torch.stack([losses(again, targets) - here, losses(regrouped, targets) - here])
+    repeated = (changes.square().mean() / 2).sqrt().item()
+    table: list[Spacing] = []
+    if spacings:
+        values = losses(around, targets[rows].repeat(2 * SPACINGS + 1)).view(-1, len(rows))
+        below, above = values[: len(spacings)], values[len(spacings) :]
+        table = [
+            differences(spacing, torch.stack([below[k], here[rows], above[k], above[k + 1]]))
+            for k, spacing in enumerate(spacings)
+        ]
+    noise = max(repeated, table_noise(table))
+    decision = best_step(table, noise, difference)
+    return ProbeReport(
+        num_classes=victim.num_classes,
+        kind=kind,
+        rounding=rounding,
+        noise=noise,
+        difference=difference,
+        spacings=tuple(table),
+        resolved=tuple(resolved_spacings(table, difference)),
+        mu=mu if mu is not None else PUBLISHED_MU if decision is None else decision,
+        given=mu is not None,
+    )
+
+
+def probe_queries(images: int, needs_differences: bool = True) -> int:
+    """How many images the probe sends for a batch of so many: 384 for 32."""
+    looked_at = _looked_at(images)
+    return 2 * images + looked_at * (2 + (_DIRECTIONS * (2 * SPACINGS + 1) if needs_differences else 0))
+
+
+def _looked_at(images: int) -> int:
+    return max(2, images // 4)
+
+
+def _rounding(scores: Tensor) -> float | None:
+    """The decimal unit of which all of the (N, K) scores are multiples, as exactly as float32 can hold them."""
+    exact = scores.double()
+    for digits in range(_DIGITS + 1):
+        nearest = (exact * 10**digits).round() / 10**digits
+        if bool(((exact - nearest).abs() <= _ULP * nearest).all()):
+            return float(10.0**-digits)
+    return None
+
+
+def _refuse_small_budget(victim: MeteredVictim, images: int) -> None:
+    needed, remaining = images * victim.queries_per_image, victim.ledger.remaining
+    if remaining is not None and remaining < needed:
+        raise BudgetExhausted(
+            f"the probe of the victim takes {needed} queries, {remaining} are left: raise --max-queries"
+        )

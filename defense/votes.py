@@ -1,0 +1,58 @@
+"""Scores of a victim that has none: the shares of its labels among noisy copies of an image."""
+
+import torch
+from torch import Tensor
+
+from defense.errors import InvalidAnswer
+from defense.victims import Victim
+
+
+class VotingVictim:
+    """Asks V noisy copies of each image for their labels, and answers the labels' shares (randomised smoothing).
+
+    Differences of a label are zero but for jumps. The expected share of a label under noise is a smooth function of the
+    image, whose slope along a direction is at most 1 / (tau sqrt(2 pi)) (Cohen et al. 2019; Salman et al. 2019). The
+    share of n of V votes is (n + 1/2) / (V + K/2), the Bayes estimate under Jeffreys' prior: its logarithm stays finite
+    where a label got no vote, and the stability loss between log(1 + (K - 1) / (2 V + 1)) and log(2 V + K).
+
+    Each image costs V queries: `MeteredVictim` has to be told (`queries_per_image`). Every copy of every call has fresh
+    noise, so that the noise of the shares themselves, of variance p (1 - p) / V, shows in repetitions.
+
+    Args:
+        victim: The black box. Where it has scores after all, their argmax is the vote.
+        votes: V.
+        noise: tau, the standard deviation of the copies' noise, in units of the [0, 1] range; the copies are clipped to
+            it.
+        seed: Of the noise, on the CPU. It is no part of a checkpoint: a resumed run has other noise than the unbroken
+            one, of the same distribution.
+    """
+
+    def __init__(self, victim: Victim, votes: int, noise: float, seed: int) -> None:
+        if votes < 1 or noise < 0:
+            raise ValueError(f"votes must be at least 1 and their noise not negative, got {votes} and {noise}")
+        self.queries_per_image = votes
+        self._victim = victim
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Answers (N, K) float32 shares, each row summing to 1, for (N, C, H, W) float32 images in [0, 1].
+
+        Raises:
+            InvalidAnswer: The victim's answer is no (N, K) array of scores.
+        """
+        counts = None
+        for _ in range(self.queries_per_image):  # one after the other: all copies at once need V times the memory
+            noise = torch.randn(images.shape, generator=self._generator).to(images)
+            scores = self._victim((images + self._noise * noise).clamp(0, 1))
+            if scores.ndim != 2 or len(scores) != len(images) or (counts is not None and counts.shape != scores.shape):
+                raise InvalidAnswer(
+                    f"the victim answered scores of shape {tuple(scores.shape)} for {len(images)} images"
+                )
+            if not torch.isfinite(scores).all():
+                raise InvalidAnswer("the victim answered scores that are not finite (NaN or infinity)")
+            chosen = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).float()
+            counts = chosen if counts is None else counts + chosen
+        assert counts is not None  # there is at least one vote
+        return (counts + 0.5) / (self.queries_per_image + counts.shape[1] / 2)

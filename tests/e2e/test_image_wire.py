@@ -1,0 +1,95 @@
+"""zo_fit against a real server that knows only images: one upload a request, JSON back, perhaps nothing but a label."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+
+from defense.artifact import load_artifact
+from defense.noise_floor import probe_queries
+from services.protocol.calls import read_call
+from training import pretrain, zo_fit
+from training.checkpoint import Journal
+from training.datasets import ImageSet, Splits
+
+SIZE = 16
+LABELS = ["left", "right"]
+
+
+class ImageServer:
+    """Compares the two sides of an image; counts what it receives."""
+
+    def __init__(self, names_only: bool) -> None:
+        self.names_only = names_only
+        self.received = 0
+        self.app = FastAPI()
+        self.app.post("/predict")(self.predict)
+
+    async def predict(self, request: Request) -> dict[str, object]:
+        assert request.headers["Content-Type"].startswith("multipart/form-data")
+        image = torch.from_numpy((await read_call(request, (1, SIZE, SIZE), max_body_bytes=10**6)).images[0])
+        self.received += 1
+        difference = 30 * (image[..., : SIZE // 2] - image[..., SIZE // 2 :]).mean()
+        probabilities = torch.stack([difference, -difference]).softmax(0).tolist()
+        told = {"label": LABELS[int(difference < 0)], "labels": LABELS}
+        return told if self.names_only else {**told, "probabilities": probabilities}
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = uvicorn.Server(uvicorn.Config(self.app, log_config=None))
+            thread = Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join()
+
+
+def image_set(count: int, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 + 0.1 * torch.rand(count, 1, SIZE, SIZE, generator=generator)
+    images[..., : SIZE // 2] += 0.2 * (torch.rand(count, 1, 1, 1, generator=generator) - 0.5)
+    return ImageSet(images, torch.zeros(count, dtype=torch.int64), tuple(map(str, range(count))))
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    splits = Splits("halves", tuple(LABELS), image_set(60, 0), image_set(8, 1), image_set(8, 2), "f" * 64)
+    for module in (pretrain, zo_fit):
+        monkeypatch.setattr(module, "load_data", lambda *_, **__: splits)
+    made = tmp_path / "pretrained"
+    assert pretrain.main(["--pretrain-steps", "20", "--code", "8", "--size", str(SIZE), "--out", str(made)]) == 0
+    quick = ["--batch", "4", "--directions", "3", "--device", "cpu"]
+    return ["--wire", "image", "--pretrained", str(made), *quick, "--out", str(tmp_path / "out")]
+
+
+def test_a_victim_that_knows_only_images_is_learned_from_one_upload_at_a_time(flags, tmp_path):
+    victim = ImageServer(names_only=False)
+    with victim.running() as url:
+        assert zo_fit.main(["--victim-url", url, "--steps", "2", *flags]) == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.queries_spent == victim.received == Journal.total(tmp_path / "out")
+    assert manifest.labels == LABELS
+    assert manifest.provenance.estimator["mu"] > 0.005  # 8 bits hide the published step
+
+
+def test_a_victim_that_tells_only_labels_is_refused_by_name_and_votes_are_the_remedy(flags, tmp_path, capsys):
+    victim = ImageServer(names_only=True)
+    with victim.running() as url:
+        assert zo_fit.main(["--victim-url", url, "--steps", "1", *flags]) == 2
+        assert "--votes V" in capsys.readouterr().err
+        assert victim.received == probe_queries(32)
+        other = ["--out", str(tmp_path / "voted")]
+        votes = ["--votes", "2", "--vote-noise", "0.2", "--mu", "1"]
+        assert zo_fit.main(["--victim-url", url, "--steps", "1", *flags, *other, *votes]) == 0
+    manifest = load_artifact(tmp_path / "voted").manifest
+    assert manifest.queries_spent == victim.received - probe_queries(32)
+    assert manifest.queries["probe"] == 2 * probe_queries(32) + 1
