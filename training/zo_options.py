@@ -200,7 +200,10 @@ def build_estimator(
         case "cge":
             return CoordinateGradientEstimator(mu, difference)
         case "surrogate":
-            return SurrogateGradient(arguments.checked, mu)
+            try:
+                return SurrogateGradient(arguments.checked, mu)
+            except ValueError as error:
+                raise cli.UserError(f"--checked: {error}") from error
         case "exact":
             return ExactGradient()
     where = _directions(arguments, sanitizer, autoencoder)

@@ -64,6 +64,7 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(self.settings.seed)
         decay = self.settings.averaging
         self._averaged = AveragedModel(self.sanitizer, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self._averaged.n_averaged.fill_(1)  # the average begins at the pre-trained state, not after the first step
         self._best_state = state_copy(self.sanitizer)
         self._may_drop_reconstruction = (
             self.settings.reconstruction == "chosen" and self.sanitizer.autoencoder is not None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from defense.errors import DefenseError
 from defense.estimators.base import Estimate, Loss
 
 
@@ -20,12 +21,12 @@ class ExactGradient:
         """The gradient of each image's loss; see `Estimator`.
 
         Raises:
-            ValueError: The loss cannot be differentiated: the victim is a black box.
+            DefenseError: The loss cannot be differentiated: the victim is a black box.
         """
         with torch.enable_grad():
             points = z.detach().requires_grad_(True)
             values = loss.black_box(points, torch.arange(len(z), device=z.device))
             if not values.requires_grad:
-                raise ValueError("the exact gradient needs an open model in process; this victim is a black box")
+                raise DefenseError("the exact gradient needs an open model in process; this victim is a black box")
             (gradient,) = torch.autograd.grad(values.sum(), points)
         return Estimate(gradient, values.detach(), torch.zeros(len(z), device=z.device), len(z))

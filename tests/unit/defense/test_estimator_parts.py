@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from defense.autoencoders import Autoencoder
-from defense.errors import BudgetExhausted
+from defense.errors import BudgetExhausted, DefenseError
 from defense.estimators import (
     ControlVariate,
     CoordinateGradientEstimator,
@@ -441,5 +441,5 @@ def test_the_exact_gradient_of_a_black_box_is_refused():
     def black_box(points: Tensor, owners: Tensor) -> Tensor:
         return points.sum(1)
 
-    with pytest.raises(ValueError, match="this victim is a black box"):
+    with pytest.raises(DefenseError, match="this victim is a black box"):
         ExactGradient()(normal(2, D, seed=1), Loss(black_box), generator())

@@ -1,103 +1,18 @@
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from zo_fakes import LABELS, SIZE, SPLITS
 
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
-from services.protocol.errors import UnsupportedMedia, UpstreamUnreachable
 from training import pretrain, zo_fit
 from training.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
-from training.datasets import ImageSet, Splits
 
-SIZE = 16
-LABELS = ["left", "right"]
 PROBE = probe_queries(32) + 1  # and one for the names of the classes
-
-
-def half_images(count: int, seed: int) -> Tensor:
-    """Images that are brighter on one side, with a texture."""
-    generator = torch.Generator().manual_seed(seed)
-    images = 0.3 + 0.1 * torch.rand(count, 1, SIZE, SIZE, generator=generator)
-    for image in images:
-        side = slice(0, SIZE // 2) if torch.rand((), generator=generator) < 0.5 else slice(SIZE // 2, SIZE)
-        image[..., side] += 0.05 + 0.15 * torch.rand((), generator=generator)
-    return images
-
-
-def image_set(count: int, seed: int) -> ImageSet:
-    # A trainer that looked at the labels would fail on these.
-    return ImageSet(half_images(count, seed), torch.full((count,), -99), tuple(map(str, range(count))))
-
-
-SPLITS = Splits("halves", tuple(LABELS), image_set(60, 0), image_set(20, 1), image_set(20, 2), "f" * 64)
-
-
-class Endpoint:
-    """A victim that compares the two sides, counts what it receives, and can fail after so many images."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.fails_after: int | None = None
-        self.answer = None
-        self.labels: object = LABELS
-        self.refuses_images = False
-        self.urls: list[str] = []
-
-    @contextmanager
-    def connect(self, urls, **options):
-        self.urls, self.options = urls, options
-        yield self
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.fails_after is not None and self.received + len(images) > self.fails_after:
-            raise UpstreamUnreachable("the victim at http://victim/predict cannot be reached: gone")
-        self.received += len(images)
-        assert images.dtype == torch.float32
-        assert 0 <= images.min() <= images.max() <= 1
-        if self.answer is not None:
-            return self.answer(images)
-        difference = (images[..., : SIZE // 2] - images[..., SIZE // 2 :]).mean((1, 2, 3))
-        return torch.stack([30 * difference, -30 * difference], dim=1).softmax(1)
-
-    def describe(self, image: Tensor) -> dict[str, object]:
-        self.received += 1
-        if self.refuses_images:
-            raise UnsupportedMedia("the victim at http://victim/predict answered 415: tensors only")
-        return {"label": "left", "labels": self.labels, "probabilities": []}
-
-    def ready(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def endpoint() -> Endpoint:
-    return Endpoint()
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
-        assert pretrain.main(["--pretrain-steps", "60", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def fit(endpoint, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: SPLITS)
-
-    def run(*arguments: str, out: str = "out") -> int:
-        common = ["--victim-url", "http://victim", "--pretrained", str(pretrained), "--batch", "4"]
-        quick = ["--directions", "3", "--validate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
-        return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
-
-    return run
 
 
 def test_the_artifact_accounts_for_every_image_the_victim_received(fit, endpoint, tmp_path):

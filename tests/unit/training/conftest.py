@@ -1,0 +1,30 @@
+import pytest
+from zo_fakes import SPLITS, Endpoint
+
+from training import pretrain, zo_fit
+
+
+@pytest.fixture
+def endpoint() -> Endpoint:
+    return Endpoint()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
+        assert pretrain.main(["--pretrain-steps", "60", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def fit(endpoint, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: SPLITS)
+
+    def run(*arguments: str, out: str = "out") -> int:
+        common = ["--victim-url", "http://victim", "--pretrained", str(pretrained), "--batch", "4"]
+        quick = ["--directions", "3", "--validate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
+        return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
+
+    return run
