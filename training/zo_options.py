@@ -68,6 +68,9 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
         help="rge: random directions, the default; cge: coordinates; surrogate: the gradient of a student of the "
         "victim's answers; exact: automatic differentiation, for an open model in process",
     )
+    method.add_argument(
+        "--live-only", action="store_true", help="CGE leaves out what is exactly zero: the code's units that are dead"
+    )
     method.add_argument("--directions", type=cli.positive_int, default=20, help="q of RGE (default 20)")
     method.add_argument("--sampling", choices=get_args(Sampling), default="sphere", help="RGE's directions")
     method.add_argument(
@@ -198,7 +201,7 @@ def build_estimator(
     difference = difference_of(arguments)
     match arguments.estimator:
         case "cge":
-            return CoordinateGradientEstimator(mu, difference)
+            return CoordinateGradientEstimator(mu, difference, arguments.live_only)
         case "surrogate":
             try:
                 return SurrogateGradient(arguments.checked, mu)

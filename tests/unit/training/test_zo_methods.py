@@ -31,6 +31,7 @@ def history(folder):
         [*GUIDED, "--subspace", "dct", "--rank", "16", "--sampling", "orthonormal"],
         ["--guided", "--warm-up", "40", "--warm-up-steps", "4"],  # over the code
         ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16", "--rotated", "0.25"],
+        ["--estimator", "cge", "--live-only", "--difference", "forward"],
         ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"],
         ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection"],
         ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5"],
