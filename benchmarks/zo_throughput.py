@@ -122,6 +122,7 @@ def _trainer(victim: Victim, arguments: argparse.Namespace, folder: Path) -> Tra
     settings = FitSettings(
         sigma=0.25,
         batch=arguments.batch,
+        extra=0,
         learning_rate=1e-6,
         mse_weight=50.0,
         clip=1.0,

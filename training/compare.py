@@ -34,7 +34,7 @@ from training import cli, pretrain, zo_fit
 from training.certificates import Settings, add_certificate_arguments, certify_images, read_output, warn_of_radii
 from training.checkpoint import Journal
 from training.cli import UserError
-from training.datasets import ImageSet, load_data
+from training.datasets import ImageSet, Splits, load_data
 from training.inprocess import connecting, in_process, refuse_another_victim
 from training.learning import check_flags, learn
 from training.measuring import (
@@ -151,7 +151,7 @@ def _compare(arguments: argparse.Namespace, connect: zo_fit.Connect) -> int:
             stop_early=not arguments.no_stop_early,
             **{name: getattr(arguments, name) for name in ("sigma", "n0", "n", "alpha", "seed")},
         )
-        _claim(arguments, shared, endpoint, chosen)
+        _claim(arguments, shared, endpoint, splits, chosen)
         learner = connecting(endpoint) if arguments.victim else connect
         bench = Bench(arguments, shared, indices, chosen, endpoint, device)
         for run in runs:
@@ -204,11 +204,15 @@ def _state(run: Run, out: Path) -> str:
     return f"{spent:,} queries spent" if spent else "to do"
 
 
-def _claim(arguments: argparse.Namespace, shared: Settings, endpoint: Endpoint, chosen: ImageSet) -> None:
+def _claim(
+    arguments: argparse.Namespace, shared: Settings, endpoint: Endpoint, splits: Splits, chosen: ImageSet
+) -> None:
     """Refuses to mix runs of other settings, other pre-trained parts or another victim in one folder."""
     ids = {}
     if arguments.pretrained:
-        ids = {name: load_artifact(arguments.pretrained / name).manifest.id for name in pretrain.SANITIZERS}
+        for name in pretrain.SANITIZERS:
+            pretrain.load(arguments.pretrained, name, splits, arguments.sigma)  # refuses what does not fit
+            ids[name] = load_artifact(arguments.pretrained / name).manifest.id
     notes: dict[str, JsonValue] = {**asdict(shared), "shape": list(shared.shape), "images": len(chosen), **ids}
     claim(arguments.out / CLAIM, notes)
     refuse_another_victim(arguments.out / "victim.json", endpoint, chosen.images)

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _METHODS: Final = {
     # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
-    "zo-ds": ["--sanitizer", "denoiser", "--batch", "128", "--directions", "4"],
-    "zo-ae-ds": ["--sanitizer", "denoiser+autoencoder"],
+    "zo-ds": ["--preset", "zo-ds"],
+    "zo-ae-ds": ["--preset", "zo-ae-ds-rge20"],
 }
 """The learned defences, by name, with the flags that make them."""
 

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from training.methods import METHODS
 from training.results import nested_interval
-from training.runs import Group
+from training.runs import Array, Group
 
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _MARKERS: Final = "osD^vPXh"
@@ -50,7 +50,7 @@ def plot_certified(groups: Sequence[Group], radii: Sequence[float], reach: float
         shown = _largest_budgets([group for group in groups if group.radii is not None])
         for place, group in enumerate(shown):
             grid = [reach * step / _GRID for step in range(_GRID + 1)]
-            axes.plot(grid, [_percent(group, radius)[0] for radius in grid], **_looks(group))
+            axes.plot(grid, [100 * float(_hits(group, radius).mean()) for radius in grid], **_looks(group))
             for radius in (radius for radius in radii if radius <= reach):
                 value, low, high = _percent(group, radius)
                 # Beside each other, or the intervals of many methods at one radius hide each other.
@@ -120,9 +120,14 @@ def _largest_budgets(groups: Sequence[Group]) -> list[Group]:
     return list(best.values())
 
 
-def _percent(group: Group, radius: float) -> tuple[float, float, float]:
+def _hits(group: Group, radius: float) -> Array:
     hits = group.hits(radius)
     assert hits is not None  # only what was certified is drawn
+    return hits
+
+
+def _percent(group: Group, radius: float) -> tuple[float, float, float]:
+    hits = _hits(group, radius)
     low, high = nested_interval(hits)
     return 100 * float(hits.mean()), 100 * low, 100 * high
 

@@ -41,15 +41,14 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def expanded(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--preset NAME` replaced by what it stands for, in front, so that others override it.
+    """The arguments with the flags of every `--preset NAME` in front, so that others override them.
 
-    A name that is none is left where it is, for the parser to refuse.
+    A name that is none is left for the parser to refuse.
     """
-    arguments = list(argv)
-    for place, argument in enumerate(arguments):
+    flags: list[str] = []
+    for place, argument in enumerate(argv):
         name, separator, value = argument.partition("=")
         if name == "--preset":
-            value = value if separator else "".join(arguments[place + 1 : place + 2])
-            rest = arguments[:place] + arguments[place + (1 if separator else 2) :]
-            return [*shlex.split(PRESETS[value]), *rest] if value in PRESETS else arguments
-    return arguments
+            value = value if separator else "".join(argv[place + 1 : place + 2])
+            flags += shlex.split(PRESETS.get(value, ""))
+    return [*flags, *argv]

@@ -3,6 +3,8 @@
 Its answers go to append-only files beside the checkpoint, which holds its weights and how many answers counted then.
 """
 
+import math
+import os
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from defense.objectives import ScoreKind
 from defense.surrogates import Answers, Surrogate
 from training.checkpoint import optimizer_tensors, prefixed, restore_optimizer, under
+from training.cli import UserError
 
 FOLDER_NAME: Final = "surrogate"
 
@@ -63,6 +66,8 @@ class Student:
             for column, rows in answers.rows(self._saved[name]).items():
                 with self._file(name, column).open("ab") as file:
                     file.write(rows.contiguous().numpy().tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())  # the checkpoint that names them is written through, too
             self._saved[name] = len(answers)
         return {
             **prefixed("network", self.surrogate.network.state_dict()),
@@ -82,17 +87,20 @@ class Student:
             count = int(tensors[f"count/{name}"])
             rows = {}
             for column, empty in answers.rows().items():
-                path = self._file(name, column)
-                size = count * empty[0:0].new_empty(1, *empty.shape[1:]).numel() * empty.element_size()
-                data = bytearray(path.read_bytes()[:size]) if count else bytearray()
-                rows[column] = (
-                    torch.frombuffer(data, dtype=empty.dtype).view(count, *empty.shape[1:]) if count else empty
-                )
-                if path.exists():
-                    with path.open("r+b") as file:
-                        file.truncate(size)
+                rows[column] = self._read(self._file(name, column), empty, count)
             answers.append(rows)
             self._saved[name] = count
+
+    @staticmethod
+    def _read(path: Path, empty: Tensor, count: int) -> Tensor:
+        """The first `count` rows of a column's file, which is cut to them."""
+        size = count * math.prod(empty.shape[1:]) * empty.element_size()
+        data = bytearray(path.read_bytes()[:size]) if path.exists() else bytearray()
+        if len(data) < size:
+            raise UserError(f"{path} holds fewer answers than the checkpoint names, so it was cut: name another --out")
+        if path.exists():
+            os.truncate(path, size)
+        return torch.frombuffer(data, dtype=empty.dtype).view(count, *empty.shape[1:]) if count else empty
 
     def delete(self) -> None:
         """Removes what it learned from."""

@@ -66,6 +66,11 @@ class CleanTargets:
         self._device = device
         self._on_answers = on_answers
 
+    def sample_known(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) indices of images whose targets are known, at random, with replacement."""
+        known = (self.known != _UNKNOWN).nonzero().squeeze(1)
+        return known[torch.randint(len(known), (count,), generator=generator)] if count else known[:0]
+
     def of(self, index: Tensor) -> Tensor:
         """The targets of the images at (M,) indices; asks for those that are not known."""
         missing = index[self.known[index] == _UNKNOWN].unique()

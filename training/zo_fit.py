@@ -34,7 +34,7 @@ from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
 from training import cli, pretrain
-from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger
+from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger, under
 from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.meeting import meet, meet_again
@@ -42,15 +42,15 @@ from training.presets import PRESETS, expanded
 from training.provenance import settings_of, versions
 from training.student import Student
 from training.validation import Validation
-from training.zo_options import (
-    AUTO,
-    add_zo_arguments,
+from training.zo_options import AUTO, add_zo_arguments
+from training.zo_parts import (
     build_estimator,
     difference_of,
     fit_settings,
     method_name,
     needs_differences,
     recorded,
+    refuse_meaningless,
     surrogate_settings,
     uses_surrogate,
 )
@@ -81,7 +81,11 @@ _MAY_CHANGE = frozenset(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m training.zo_fit", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.zo_fit",
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,  # or --pres would be taken for --preset after presets were expanded
+    )
     cli.add_data_arguments(parser)
     cli.add_device_argument(parser)
     parser.add_argument("--preset", choices=PRESETS, help="a method by name; flags beside it override its own")
@@ -105,6 +109,9 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) ->
 
 def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     out: Path = arguments.out
+    refuse_meaningless(arguments, build_parser())
+    if arguments.estimator == "exact" and connect is HTTPVictim:
+        raise cli.UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
     device = resolve_device(arguments.device)
     splits = load_data(arguments)
     settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
@@ -117,6 +124,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         else:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
+            start.load_state_dict(under("sanitizer", checkpoint.tensors))  # what a subspace is made from is in it
         start.requires_grad_(True).to(device)
         build = partial(build_estimator, arguments, start, _decoder(arguments, splits, device))
         build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
@@ -176,6 +184,10 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         reason = _train(trainer, ledger)
         served, best = trainer.best_sanitizer()
     _report(trainer, reason, best)
+    # The artifact last: where it is, the run is finished, and nothing of the surrogate stands beside it.
+    replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
+    if not arguments.keep_surrogate:
+        trainer.forget_surrogate()
     manifest = save_artifact(
         out,
         served,
@@ -193,9 +205,6 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
             validation={"step": best.step, "agreement": best.agreement, "loss": best.loss},
         ),
     )
-    if not arguments.keep_surrogate:
-        trainer.forget_surrogate()
-    replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
     print(f"wrote {out} (artifact {manifest.id}); queries spent: {ledger.total} {json.dumps(ledger.spent)}")
     return 0
 

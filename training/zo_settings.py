@@ -13,7 +13,8 @@ class FitSettings:
 
     Attributes:
         sigma: Standard deviation of the noise on the images, in units of the [0, 1] range.
-        batch: Images a step.
+        batch: Images a step about which the victim is asked.
+        extra: Images a step about which only the surrogate is asked.
         learning_rate: Adam's.
         mse_weight: Weight of the mean squared error per pixel beside the stability loss.
         clip: Bound on the norm of all parameters' gradient together.
@@ -29,6 +30,7 @@ class FitSettings:
 
     sigma: float
     batch: int
+    extra: int
     learning_rate: float
     mse_weight: float
     clip: float

@@ -94,7 +94,8 @@ class Trainer:
                 self._require_budget(beforehand=self._validator.cost + self._validation_cost)
                 self._validate()  # the pre-trained state is the first candidate
                 self.save_checkpoint()
-            self._warm_up()
+            if self.settings.steps is None or self.step < self.settings.steps:
+                self._warm_up()
             while self.settings.steps is None or self.step < self.settings.steps:
                 self._require_budget()
                 on_step(self.train_step())
@@ -118,8 +119,9 @@ class Trainer:
     def best_sanitizer(self) -> tuple[Sanitizer, Validation]:
         """The best validated state, with or without the reconstruction; `fit` or `restore` has validated one."""
         assert self.best is not None
-        self.sanitizer.load_state_dict(self._best_state)
-        return self.sanitizer if self.best.reconstruction else self.sanitizer.denoiser_alone(), self.best
+        served = Sanitizer(self.sanitizer.config).to(self._device)
+        served.load_state_dict(self._best_state)
+        return served if self.best.reconstruction else served.denoiser_alone(), self.best
 
     def save_checkpoint(self) -> None:
         """Writes all that `restore` needs."""
@@ -146,9 +148,9 @@ class Trainer:
     def forget_surrogate(self) -> None:
         """Removes the surrogate, its answers and its part of the checkpoint."""
         if self.student is not None:
-            self.student.delete()
-            self.student = None
-            self.save_checkpoint()
+            student, self.student = self.student, None
+            self.save_checkpoint()  # first, so that no checkpoint names answers that are gone
+            student.delete()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to a checkpoint; the ledger is the caller's to restore."""
@@ -162,6 +164,8 @@ class Trainer:
         kept = under("surrogate", checkpoint.tensors)
         if self.student is not None and kept:
             self.student.restore(kept)
+        elif self.student is not None:
+            self.student.delete()  # what a kill left of one that was forgotten
         self._generator.set_state(checkpoint.tensors["generator"])
         self._targets.known = checkpoint.tensors["targets"]
         self._validator.targets.known = checkpoint.tensors["validation_targets"]
@@ -178,7 +182,7 @@ class Trainer:
         if ledger.remaining is not None and ledger.remaining < needed:
             raise BudgetExhausted(
                 f"{ledger.total} of {ledger.max_queries} queries are spent, and a step with its validation may need "
-                f"{needed}: raise --max-queries, or lower --batch, --directions or --validation-images"
+                f"{needed}: raise --max-queries, or lower --batch, --directions, --warm-up or --validation-images"
             )
 
     @property
@@ -215,6 +219,8 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step; returns the mean stability loss of its batch before it."""
         index = torch.randint(len(self.images), (self.settings.batch,), generator=self._generator)
+        self._targets.of(index)
+        index = torch.cat([index, self._targets.sample_known(self.settings.extra, self._generator)])
         clean = self.images[index].to(self._device)
         targets = self._targets.of(index)
         self.sanitizer.train()
@@ -241,7 +247,7 @@ class Trainer:
         if self.student is not None:
             self.student.surrogate.learn(self.student.surrogate.settings.steps)
         self.step += 1
-        return estimate.loss.mean().item()
+        return estimate.loss.nanmean().item()
 
     def _loss_behind_border(self, z: Tensor, targets: Tensor) -> Loss:
         """The stability loss around (N, *shape) points at the border, where what follows are decoder and victim."""
@@ -263,7 +269,7 @@ class Trainer:
         if self.student is None:
             return Loss(black_box)
         surrogate = self.student.surrogate
-        return Loss(black_box, lambda points: surrogate.loss(self.sanitizer.decode(points), targets))
+        return Loss(black_box, lambda points: surrogate.loss(self.sanitizer.decode(points), targets[: len(points)]))
 
     def _noisy(self, clean: Tensor) -> Tensor:
         return clean + self.settings.sigma * torch.randn(clean.shape, generator=self._generator).to(clean.device)

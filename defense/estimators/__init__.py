@@ -9,7 +9,7 @@ step, r the dimensions of a subspace. The theory is in docs/theory.md.
 """
 
 from defense.estimators.base import Estimate, Estimator, Loss
-from defense.estimators.control import ControlVariate, SurrogateGradient
+from defense.estimators.control import FEWEST_TERMS, ControlVariate, Extrapolation, SurrogateGradient
 from defense.estimators.coordinate import CoordinateGradientEstimator
 from defense.estimators.directions import Basis, Directions, Guided, Isotropic, Sampling, Subspace, sample_directions
 from defense.estimators.exact import ExactGradient
@@ -18,6 +18,7 @@ from defense.estimators.slopes import Difference
 from defense.estimators.subspaces import DecoderTangents, FixedSpan, SurrogateSpan, low_frequencies
 
 __all__ = [
+    "FEWEST_TERMS",
     "Basis",
     "Combination",
     "ControlVariate",
@@ -28,6 +29,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "ExactGradient",
+    "Extrapolation",
     "FixedSpan",
     "Guided",
     "Isotropic",

@@ -17,8 +17,8 @@ class Loss:
     Attributes:
         black_box: (M, *shape) points and (M,) int64, which of the N images each belongs to, -> (M,) losses. Every point
             costs one victim query.
-        surrogate: (N, *shape) points -> (N,) losses of a model of the black box that costs no query and can be
-            differentiated; None where there is none.
+        surrogate: (N, *shape) points, of the first N images, -> (N,) losses of a model of the black box that costs no
+            query and can be differentiated; None where there is none.
     """
 
     black_box: Callable[[Tensor, Tensor], Tensor]

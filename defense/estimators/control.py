@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted
-from defense.estimators.base import Estimate, Loss
+from defense.estimators.base import Estimate, Estimator, Loss
 from defense.estimators.directions import unit
 from defense.estimators.random import RandomGradientEstimator
 
 _SIGNIFICANT = 2.0  # standard errors
-_FEWEST = 5  # slopes that can be significant: their correlation times the root of their number has to exceed that
+FEWEST_TERMS = 5  # terms that can be significant: n of one size reach n / sqrt(n) standard errors
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class SurrogateGradient:
 
     def __post_init__(self) -> None:
         """Refuses what would always be zero."""
-        if 0 < self.checked < _FEWEST:
-            raise ValueError(f"{self.checked} slopes cannot confirm a surrogate: check none, or at least {_FEWEST}")
+        if 0 < self.checked < FEWEST_TERMS:
+            raise ValueError(
+                f"{self.checked} slopes cannot confirm a surrogate: check none, or at least {FEWEST_TERMS}"
+            )
 
     def evaluations(self, dimension: int) -> int:
         """At most so many for one point: two for those that are checked, one for the others."""
@@ -73,7 +75,8 @@ class SurrogateGradient:
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
         """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
 
-        Its own error estimate is that along the surrogate's gradient, the only direction it looks in: a lower bound.
+        Its own error estimate is that along the surrogate's gradient, the only direction it looks in: a lower bound;
+        NaN where nothing is checked.
         """
         images = len(z)
         known = loss.surrogate_gradient(z).flatten(1)
@@ -88,12 +91,56 @@ class SurrogateGradient:
         with torch.no_grad():
             values = loss.black_box(torch.cat([flat, stepped]).view(-1, *z.shape[1:]), owners)
         base = values[:images]
-        beta, error = torch.ones((), device=z.device), torch.zeros((), device=z.device)
+        beta, error = torch.ones((), device=z.device), torch.full((), torch.nan, device=z.device)
         if checked:
             slopes, predicted = (values[images:] - base[:checked]) / self.mu, known[:checked].norm(dim=1)
-            beta = trusted_factor((slopes * predicted).sum(), predicted.square().sum(), slopes.square().sum(), checked)
+            products = slopes * predicted
+            beta = trusted_factor(products.sum(), predicted.square().sum(), products.square().sum())
             error = (slopes - beta * predicted).square().mean()
         return Estimate((beta * known).view_as(z), base, error.expand(images), images + checked)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Measures some images of a batch, and takes the surrogate's word for the others, at the rate of the measured ones.
+
+    The gradient of the parameters is an average over images, and which images are in a batch is most of its noise
+    (docs/theory.md, formula 9). The surrogate's gradient costs no query, so a batch may hold many more images than are
+    paid for: g = beta h at those, beta by least squares of the measured gradients on the surrogate's, zero where these
+    do not confirm it.
+
+    Attributes:
+        inner: For the measured images, the first ones of a batch.
+        measured: How many they are.
+    """
+
+    inner: Estimator
+    measured: int
+
+    def evaluations(self, dimension: int) -> int:
+        """As many as the inner estimator's, for a measured point; none for the others."""
+        return self.inner.evaluations(dimension)
+
+    def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
+        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
+
+        The loss of an image that is not measured is NaN. Its error is taken to be what the rate leaves open on average
+        at the measured ones.
+        """
+        few = min(self.measured, len(z))
+        found = self.inner(z[:few], loss, generator, budget)
+        known = loss.surrogate_gradient(z).flatten(1)
+        measured, there = found.gradient.flatten(1), known[:few]
+        products, squares = (measured * there).sum(1), there.square().sum(1)
+        beta = trusted_factor(products.sum(), squares.sum(), products.square().sum())
+        left = (measured - beta * there).square().sum(1) + found.error
+        others = len(z) - few
+        return Estimate(
+            torch.cat([measured, beta * known[few:]]).view_as(z),
+            torch.cat([found.loss, found.loss.new_full((others,), torch.nan)]),
+            torch.cat([found.error, left.mean().expand(others)]),
+            found.spent,
+        )
 
 
 def leave_one_out(measured: Tensor, predicted: Tensor) -> Tensor:
@@ -106,21 +153,23 @@ def leave_one_out(measured: Tensor, predicted: Tensor) -> Tensor:
     Returns:
         (N,) factors, see `trusted_factor`. For a single image, which has no others, 0.
     """
-    sums = ((measured * predicted).sum(1), predicted.square().sum(1), measured.square().sum(1))
-    product, square, energy = (part.sum() - part for part in sums)
-    return trusted_factor(product, square, energy, measured.numel() - measured.shape[1])
+    products = (measured * predicted).sum(1)
+    sums = (products, predicted.square().sum(1), products.square())
+    product, square, spread = (part.sum() - part for part in sums)
+    return trusted_factor(product, square, spread)
 
 
-def trusted_factor(product: Tensor, square: Tensor, energy: Tensor, pairs: int) -> Tensor:
-    """Least squares beta = sum D b / sum b^2; 0 where the correlation is not positive by two standard errors.
+def trusted_factor(product: Tensor, square: Tensor, spread: Tensor) -> Tensor:
+    """Least squares beta = sum D b / sum b^2; 0 where the products D b are not positive by two standard errors.
 
-    So a surrogate that knows nothing changes nothing.
+    So a surrogate that knows nothing changes nothing. The standard error is that of a sum of independent terms of mean
+    zero and whatever size, the root of their summed squares: slopes at different images differ by orders of magnitude.
+    It takes more than four terms of one size to be significant.
 
     Args:
-        product: sum D b over the pairs, any shape.
+        product: sum D b over independent terms, any shape.
         square: sum b^2.
-        energy: sum D^2.
-        pairs: How many pairs.
+        spread: Sum of the squares of the terms of `product`.
     """
-    trusted = product * pairs**0.5 > _SIGNIFICANT * (square * energy).sqrt()
+    trusted = product > _SIGNIFICANT * spread.clamp_min(0.0).sqrt()
     return torch.where(trusted, product / square.clamp_min(1e-30), 0.0)

@@ -468,13 +468,26 @@ def test_a_surrogate_that_knows_nothing_changes_nothing(gradient):
     assert torch.equal(alone, estimates(inner, linear(gradient), torch.zeros(D), 1))
 
 
+def chance_of_trust(log_deviation: float) -> Tensor:
+    """Whether each of many surrogates that know nothing is trusted, over images of unequal slopes."""
+    trials, pairs = 40_000, 100
+    scale = (log_deviation * normal(trials, pairs, seed=3)).exp()
+    measured, predicted = scale * normal(trials, pairs, seed=1), scale * normal(trials, pairs, seed=2)
+    products = measured * predicted
+    beta = trusted_factor(products.sum(1), predicted.square().sum(1), products.square().sum(1))
+    assert (beta >= 0).all()
+    return (beta > 0).float()
+
+
 def test_chance_is_trusted_as_often_as_two_standard_errors_say():
     """Formula 6, the trust rule: for independent slopes with probability 1 - Phi(2) = 2.3 %."""
-    trials, pairs = 40_000, 100
-    measured, predicted = normal(trials, pairs, seed=1), normal(trials, pairs, seed=2)
-    beta = trusted_factor((measured * predicted).sum(1), predicted.square().sum(1), measured.square().sum(1), pairs)
-    assert_mean((beta > 0).float(), 1 - PHI(2), slack=0.001)
-    assert (beta >= 0).all()
+    assert_mean(chance_of_trust(0.0), 1 - PHI(2), slack=0.002)
+
+
+@pytest.mark.parametrize("log_deviation", [1.0, 2.0, 3.0])
+def test_a_few_images_with_large_slopes_do_not_buy_trust(log_deviation):
+    """Formula 6, the trust rule, where slopes of both differ between images by orders of magnitude."""
+    assert chance_of_trust(log_deviation).mean() < 1 - PHI(2) + 0.003
 
 
 # Formula 7

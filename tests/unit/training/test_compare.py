@@ -17,15 +17,15 @@ from training.results import read_rows
 SIZE = 16
 LABELS = ["left", "right"]
 URL = ["--victim-url", "http://victim"]
-QUICK = ("--batch", "8", "--directions", "4", "--validation-images", "4", "--validate-every", "50")
+QUICK = ("--batch", "8", "--validation-images", "4", "--validate-every", "50")
 TABLE = {
     "none": Method("bare"),
     "noise": Method("bare"),
     "blur": Method("preprocessor", "blur"),
     "ae": Method("autoencoder", "denoiser+autoencoder"),
     "mse": Method("pretrained", "denoiser"),
-    "zo-ds": Method("learned", flags=("--sanitizer", "denoiser", *QUICK)),
-    "zo-ae-ds": Method("learned", flags=("--sanitizer", "denoiser+autoencoder", *QUICK)),
+    "zo-ds": Method("learned", flags=("--sanitizer", "denoiser", "--directions", "4", *QUICK)),
+    "zo-ae-ds": Method("learned", flags=("--sanitizer", "denoiser+autoencoder", "--directions", "4", *QUICK)),
     "fo-ds": Method("learned", flags=("--sanitizer", "denoiser", *QUICK, "--estimator", "exact")),
 }
 

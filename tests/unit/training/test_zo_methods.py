@@ -1,14 +1,16 @@
 """`zo_fit` with a surrogate, subspaces, averaged weights and a choice of the reconstruction."""
 
 import json
+import sys
 
 import pytest
 import torch
-from zo_fakes import SIZE
+from zo_fakes import SIZE, SPLITS
 
 from defense.artifact import load_artifact
+from training import zo_fit
 from training.checkpoint import Checkpoint, Journal
-from training.student import FOLDER_NAME
+from training.student import FOLDER_NAME, Student
 
 SURROGATE = ["--sanitizer", "denoiser", "--warm-up", "40", "--warm-up-steps", "4"]
 GUIDED = [*SURROGATE, "--guided", "--slope-weight", "0.1"]
@@ -31,7 +33,7 @@ def history(folder):
         [*GUIDED, "--subspace", "dct", "--rank", "16", "--sampling", "orthonormal"],
         ["--guided", "--warm-up", "40", "--warm-up-steps", "4"],  # over the code
         ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16", "--rotated", "0.25"],
-        ["--estimator", "cge", "--live-only", "--difference", "forward"],
+        [*GUIDED, "--extra", "6"],
         ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"],
         ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection"],
         ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5"],
@@ -50,8 +52,31 @@ def test_the_surrogate_is_deleted_when_training_ends(fit, tmp_path):
     assert fit("--steps", "2", *GUIDED) == 0
     assert not (tmp_path / "out" / FOLDER_NAME).exists()
     assert not [name for name in Checkpoint.load(tmp_path / "out").tensors if name.startswith("surrogate")]
-    weights = (tmp_path / "out" / load_artifact(tmp_path / "out").manifest.weights_file).read_bytes()
-    assert b"surrogate" not in weights
+    weights = load_artifact(tmp_path / "out").manifest.weights_file
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("manifest.json", weights, "history.json", "checkpoint.safetensors", "queries.journal")
+    }
+
+
+def test_what_training_ended_with_is_what_a_larger_budget_goes_on_from(fit, tmp_path):
+    assert fit("--steps", "3", *GUIDED, "--averaging", "0.5", "--keep-surrogate", out="kept") == 0
+    assert fit("--steps", "3", *GUIDED, "--averaging", "0.5", out="forgotten") == 0
+    kept, forgotten = (Checkpoint.load(tmp_path / name).tensors for name in ("kept", "forgotten"))
+    assert set(forgotten) == {name for name in kept if not name.startswith("surrogate")}
+    for name, tensor in forgotten.items():
+        assert torch.equal(kept[name], tensor), name
+
+
+def test_a_kill_between_forgetting_and_deleting_leaves_a_run_that_resumes(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(Student, "delete", lambda _: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        fit("--steps", "2", *GUIDED)
+    assert not (tmp_path / "out" / "manifest.json").exists()  # not finished, so nobody serves what stands there
+    monkeypatch.undo()
+    monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: SPLITS)
+    assert fit("--steps", "2", *GUIDED, "--resume") == 0
+    assert not (tmp_path / "out" / FOLDER_NAME).exists()
+    assert load_artifact(tmp_path / "out").manifest.queries["surrogate"] == 40  # and no other was paid for
 
 
 def test_the_surrogate_is_kept_when_asked_for(fit, tmp_path):
@@ -65,9 +90,19 @@ def test_a_finished_run_that_goes_on_pays_for_another_surrogate(fit, tmp_path):
     assert load_artifact(tmp_path / "out").manifest.queries["surrogate"] == 2 * 40
 
 
-@pytest.mark.parametrize("fails_after", [440, 520])  # in the warm-up's or the first steps' queries
-def test_a_run_with_a_surrogate_resumes_to_where_the_unbroken_run_ends(fit, endpoint, tmp_path, fails_after):
-    run = ["--steps", "6", *GUIDED, "--schedule", "cosine", "--averaging", "0.5", "--keep-surrogate"]
+COMPONENTS = ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"]
+
+
+@pytest.mark.parametrize(
+    ("fails_after", "method"),
+    [
+        (440, [*GUIDED, "--keep-surrogate"]),  # in the warm-up's queries
+        (520, [*GUIDED, "--extra", "3", "--keep-surrogate"]),  # in the first steps'
+        (490, COMPONENTS),
+    ],
+)
+def test_a_run_resumes_to_where_the_unbroken_run_ends(fit, endpoint, tmp_path, fails_after, method):
+    run = ["--steps", "6", *method, "--schedule", "cosine", "--averaging", "0.5"]
     assert fit(*run, out="unbroken") == 0
     endpoint.received = 0
     endpoint.fails_after = fails_after
@@ -130,6 +165,20 @@ def test_the_exact_gradient_of_an_open_model_trains(fit, tmp_path):
         (["--sanitizer", "denoiser", "--subspace", "decoder"], "--combine projection"),
         (["--sanitizer", "denoiser", "--subspace", "dct", "--rank", str(4 * SIZE**2)], "choose another --rank"),
         (["--estimator", "surrogate", "--checked", "3"], "check none, or at least 5"),
+        (["--estimator", "surrogate", "--checked", "16"], "more than --batch 4"),
+        (["--guided", "--control-variate"], "leave one of them out"),
+        (["--control-variate", "--directions", "1"], "too few slopes"),
+        (["--estimator", "cge", "--guided"], "--guided means nothing without --estimator rge"),
+        (["--rank", "16"], "--rank means nothing without a --subspace"),
+        (["--slope-weight", "1"], "--slope-weight means nothing without a method with a surrogate"),
+        (["--checked", "8"], "--checked means nothing without --estimator surrogate"),
+        (["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "60"], "for instance 64"),
+        (["--sanitizer", "denoiser", "--subspace", "components", "--rank", "99"], "principal components, not 99"),
+        (
+            ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection", "--directions", "9"],
+            "the code has 8 tangents, not 9",
+        ),
+        (["--guided", "--warm-up", "900", "--max-queries", "900"], "leaves nothing of --max-queries 900"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_spent(fit, endpoint, capsys, arguments, message):
