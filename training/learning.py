@@ -34,7 +34,11 @@ def zo_flags(run: Run, arguments: argparse.Namespace) -> list[str]:
     bound = ["--max-queries", str(run.budget)]
     if run.steps:
         bound = ["--max-queries", str(_UNBOUNDED), "--steps", str(run.steps)]
+    answers = ["--wire", arguments.wire, "--votes", str(arguments.votes)]
+    if arguments.votes > 1:
+        answers += ["--vote-noise", str(arguments.vote_noise)]
     return [
+        *answers,
         *(flag for url in urls for flag in ("--victim-url", url)),
         *("--data", arguments.data, *size, *split, "--sigma", str(arguments.sigma), "--device", arguments.device),
         *("--pretrained", str(arguments.pretrained), "--seed", str(run.seed), "--out", str(arguments.out / run.place)),
