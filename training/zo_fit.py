@@ -22,14 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from defense.artifact import Provenance, save_artifact
-from defense.autoencoders import Autoencoder
 from defense.difference_table import PUBLISHED_MU
 from defense.errors import InvalidAnswer
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
-from defense.surrogates import Surrogate
-from defense.victims import MeteredVictim, QueryLedger
-from defense.votes import VotingVictim
+from defense.victims import QueryLedger
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
@@ -40,19 +37,19 @@ from training.measuring import Endpoint
 from training.meeting import meet, meet_again
 from training.presets import PRESETS, expanded
 from training.provenance import settings_of, versions
-from training.student import Student
 from training.validation import Validation
 from training.zo_options import AUTO, add_zo_arguments
 from training.zo_parts import (
     build_estimator,
+    build_student,
     difference_of,
     fit_settings,
+    load_decoder,
+    metered,
     method_name,
     needs_differences,
     recorded,
     refuse_meaningless,
-    surrogate_settings,
-    uses_surrogate,
 )
 from training.zo_trainer import Trainer
 
@@ -126,7 +123,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
             start.load_state_dict(under("sanitizer", checkpoint.tensors))  # what a subspace is made from is in it
         start.requires_grad_(True).to(device)
-        build = partial(build_estimator, arguments, start, _decoder(arguments, splits, device))
+        build = partial(build_estimator, arguments, start, load_decoder(arguments, splits, device))
         build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
 
         spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
@@ -141,7 +138,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 wire=arguments.wire,
             )
         )
-        victim = _metered(client, ledger, arguments)
+        victim = metered(client, ledger, arguments)
         if checkpoint is None:
             sample = _some(splits.train.images, _PROBE_IMAGES, arguments.seed)
             labels, report = meet(
@@ -176,7 +173,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 "rounding": victim.rounding,
                 "mu": mu,
             },
-            student=_student(arguments, start, len(labels), device),
+            student=build_student(arguments, start, len(labels), device),
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
@@ -242,31 +239,6 @@ def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
         pretrain.fit(arguments, splits, folder)
     name = "denoiser" if arguments.sanitizer == "denoiser" else "denoiser+autoencoder"
     return pretrain.load(folder, name, splits, arguments.sigma)
-
-
-def _decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device) -> Autoencoder | None:
-    """The pre-trained autoencoder, where the method needs its decoder beside a sanitizer that has none."""
-    if arguments.subspace != "decoder" or arguments.sanitizer != "denoiser":
-        return None
-    folder: Path = arguments.pretrained or arguments.out / "pretrained"
-    return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
-
-
-def _metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace) -> MeteredVictim:
-    """The victim behind its ledger, and behind votes where they are asked for."""
-    if arguments.votes == 1:
-        return MeteredVictim(client, ledger)
-    # Its noise is no part of a checkpoint; a resumed run shall at least not see that of the first steps again.
-    voting = VotingVictim(client, arguments.votes, arguments.vote_noise, arguments.seed + ledger.total)
-    return MeteredVictim(voting, ledger, queries_per_image=voting.queries_per_image)
-
-
-def _student(arguments: argparse.Namespace, start: Sanitizer, classes: int, device: torch.device) -> Student | None:
-    if not uses_surrogate(arguments):
-        return None
-    shape = start.config.input.dimensions
-    surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device)
-    return Student(surrogate, arguments.out)
 
 
 def _some(images: Tensor, count: int, seed: int) -> Tensor:

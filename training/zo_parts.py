@@ -3,7 +3,9 @@
 import argparse
 import math
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from defense.artifact import MethodName
@@ -31,8 +33,13 @@ from defense.estimators import (
     low_frequencies,
 )
 from defense.sanitizer import Sanitizer
-from defense.surrogates import SurrogateSettings
-from training import cli
+from defense.surrogates import Surrogate, SurrogateSettings
+from defense.victims import MeteredVictim, QueryLedger
+from defense.votes import VotingVictim
+from training import cli, pretrain
+from training.datasets import Splits
+from training.measuring import Endpoint
+from training.student import Student
 from training.zo_options import AUTO
 from training.zo_settings import FitSettings
 
@@ -216,3 +223,31 @@ def fit_settings(arguments: argparse.Namespace) -> FitSettings:
         checkpoint_every=arguments.checkpoint_every,
         seed=arguments.seed,
     )
+
+
+def load_decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device) -> Autoencoder | None:
+    """The pre-trained autoencoder, where the method needs its decoder beside a sanitizer that has none."""
+    if arguments.subspace != "decoder" or arguments.sanitizer != "denoiser":
+        return None
+    folder: Path = arguments.pretrained or arguments.out / "pretrained"
+    return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
+
+
+def metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace) -> MeteredVictim:
+    """The victim behind its ledger, and behind votes where they are asked for."""
+    if arguments.votes == 1:
+        return MeteredVictim(client, ledger)
+    # Its noise is no part of a checkpoint; a resumed run shall at least not see that of the first steps again.
+    voting = VotingVictim(client, arguments.votes, arguments.vote_noise, arguments.seed + ledger.total)
+    return MeteredVictim(voting, ledger, queries_per_image=voting.queries_per_image)
+
+
+def build_student(
+    arguments: argparse.Namespace, start: Sanitizer, classes: int, device: torch.device
+) -> Student | None:
+    """The surrogate, where the method uses one."""
+    if not uses_surrogate(arguments):
+        return None
+    shape = sanitizer.config.input.dimensions
+    surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device)
+    return Student(surrogate, arguments.out)
