@@ -243,7 +243,7 @@ def metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace
 
 
 def build_student(
-    arguments: argparse.Namespace, start: Sanitizer, classes: int, device: torch.device
+    arguments: argparse.Namespace, sanitizer: Sanitizer, classes: int, device: torch.device
 ) -> Student | None:
     """The surrogate, where the method uses one."""
     if not uses_surrogate(arguments):
