@@ -33,10 +33,12 @@ class Certificate:
     Attributes:
         label: The smoothed classifier's class, or `ABSTAIN`.
         radius: L2 radius in units of [0,1] within which `label` provably does not change; 0 when abstained.
+        samples: How many answers of the base classifier it rests on.
     """
 
     label: int
     radius: float
+    samples: int
 
     @property
     def abstained(self) -> bool:
@@ -94,10 +96,11 @@ def certify_counts(selection: Tensor, estimation: Tensor, *, sigma: float, alpha
         alpha: Probability that the certificate is wrong, in (0,1).
     """
     label = int(selection.argmax())
+    samples = int(selection.sum() + estimation.sum())
     p_lower = lower_bound(int(estimation[label]), int(estimation.sum()), alpha)
     if p_lower <= 0.5:
-        return Certificate(ABSTAIN, 0.0)
-    return Certificate(label, certified_radius(p_lower, sigma))
+        return Certificate(ABSTAIN, 0.0, samples)
+    return Certificate(label, certified_radius(p_lower, sigma), samples)
 
 
 def predict_counts(counts: Tensor, *, alpha: float) -> int:
@@ -159,13 +162,20 @@ def certify(
     alpha: float,
     generator: torch.Generator,
     batch: int = 1024,
+    give_up: Callable[[Tensor], bool] | None = None,
 ) -> Certificate:
     """`Certify` of the paper on one image (C,H,W): n0 samples choose the class, n more bound its probability.
 
     With probability at least 1 - alpha over the noise, the smoothed classifier answers the certificate's label
     everywhere within its radius, or the certificate abstains. Arguments as in `sample_counts` and `certify_counts`.
+
+    `give_up` may look at the (K,) counts of the n0 samples and spare the n: the certificate then abstains. It stays
+    valid: the n samples are independent of the n0, which may therefore decide how many of them are drawn, and an
+    abstention claims nothing.
     """
     selection = sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch)
+    if give_up is not None and give_up(selection):
+        return Certificate(ABSTAIN, 0.0, n0)
     estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
     return certify_counts(selection, estimation, sigma=sigma, alpha=alpha)
 

@@ -15,15 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.smoothing import (
-    ABSTAIN,
-    BaseClassifier,
-    Certificate,
-    certify_counts,
-    largest_radius,
-    linf_equivalent,
-    sample_counts,
-)
+from defense.smoothing import BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
 from training.cli import UserError, positive_float, positive_int
 from training.datasets import ImageSet
 from training.measuring import number_list
@@ -97,8 +89,6 @@ class Line:
 
 
 _SETTINGS = TypeAdapter(Settings)
-
-
 _LINE = TypeAdapter(Line)
 
 
@@ -135,10 +125,9 @@ def certify_image(
 ) -> tuple[Certificate, int]:
     """`defense.smoothing.certify` with noise that depends on (seed, index) only, and optionally an early stop.
 
-    The early stop: where most of the n0 samples are not of the class `stop_unless`, the n samples are spared and the
-    certificate abstains. It stays valid: the n samples are independent of the n0, which may therefore decide how many
-    of them are drawn, and an abstention claims nothing. The true label is not known to a deployed classifier; it only
-    spares the work on images that would count as wrong whatever their certificate said.
+    The early stop: where most of the n0 samples are not of the class `stop_unless`, the certificate abstains and the n
+    samples are spared. The true label is not known to a deployed classifier; it only spares the work on images that
+    would count as wrong whatever their certificate said.
 
     Args:
         classifier: The base classifier.
@@ -155,14 +144,23 @@ def certify_image(
     Returns:
         The certificate, and the images that the classifier was asked about.
     """
-    generator = torch.Generator().manual_seed(random.Random(f"{seed}:{index}").getrandbits(63))
-    selection = sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch)
-    if stop_unless is not None:
+
+    def hopeless(selection: Tensor) -> bool:
         top = int(selection.argmax())
-        if top != stop_unless or 2 * int(selection[top]) < n0:
-            return Certificate(ABSTAIN, 0.0), n0
-    estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
-    return certify_counts(selection, estimation, sigma=sigma, alpha=alpha), n0 + n
+        return top != stop_unless or 2 * int(selection[top]) < n0
+
+    certificate = certify(
+        classifier,
+        image,
+        sigma=sigma,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        generator=torch.Generator().manual_seed(random.Random(f"{seed}:{index}").getrandbits(63)),
+        batch=batch,
+        give_up=None if stop_unless is None else hopeless,
+    )
+    return certificate, certificate.samples
 
 
 def open_output(path: Path, settings: Settings) -> dict[int, Line]:

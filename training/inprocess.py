@@ -18,15 +18,13 @@ from services.hospital.model import load_victim
 from training import zo_fit
 from training.cli import UserError
 from training.datasets import Splits
-from training.measuring import Endpoint
+from training.measuring import CHUNK, Endpoint
 from training.victim_fit import data_fingerprint
 
 logger = logging.getLogger(__name__)
 
 _PROBES = 8  # images by whose scores a victim is known again
 _SAME_SCORES = 0.02  # probabilities of one and the same model differ by less, in process and over HTTP
-
-_CHUNK = 128  # the activations of more images at once leave the cache
 
 
 class InProcessVictim:
@@ -47,7 +45,7 @@ class InProcessVictim:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N,C,H,W) float32 -> (N,K) float32 probabilities, as `services.hospital.app` computes them."""
-        parts = images.to(self._device, torch.float32).split(_CHUNK)
+        parts = images.to(self._device, torch.float32).split(CHUNK)
         scores = [self._model(part.clamp(0, 1)).float().softmax(dim=1) for part in parts]
         return torch.cat(scores).to(images.device)
 

@@ -15,15 +15,12 @@ from training.runs import Run
 
 logger = logging.getLogger(__name__)
 
-
 _UNBOUNDED = 10**9  # queries: a white box has no budget
+_ASIDE = (zo_fit.MAY_CHANGE - {"steps", "keep_surrogate"}) | {"data", "pretrained"}
+"""Settings of `zo_fit` in which a finished run may differ from the one that is wanted.
 
-
-_ASIDE = frozenset(
-    {"victim_url", "max_queries", "patience", "batch_images", "in_flight", "resume", "device", "out"}
-    | {"data", "pretrained"}  # known by their content instead: data by its fingerprint, artifacts by their ids
-)
-"""Settings of `zo_fit` in which a finished run may differ from the one that is wanted."""
+Data and artifacts are known by their content instead: by a fingerprint, and by their ids.
+"""
 
 
 def zo_flags(run: Run, arguments: argparse.Namespace) -> list[str]:
@@ -53,7 +50,7 @@ def check_flags(run: Run, arguments: argparse.Namespace) -> None:
         zo_fit.build_parser().parse_args(zo_flags(run, arguments))
     except SystemExit as error:
         raise UserError(
-            f"training.zo_fit does not know the flags of {run.method}: mend its entry in training/methods.py"
+            f"training.zo_fit does not know the flags of {run.method}: mend its entry in training/presets.py"
         ) from error
 
 

@@ -1,9 +1,8 @@
-"""What the measuring verbs share: which images they look at, what they know of a URL, and how an image is certified."""
+"""What the measuring verbs share: which images they look at, and what they know of a URL."""
 
 import argparse
 import fcntl
 import json
-import logging
 import math
 import random
 import re
@@ -23,12 +22,11 @@ from services.protocol.client import HTTPVictim
 from training.cli import UserError, add_data_arguments, positive_int
 from training.datasets import ImageSet, Splits
 
-logger = logging.getLogger(__name__)
-
 PATIENCE_S = 60.0
 """How long a measurement waits for a service that has gone away, in seconds."""
 
-_CHUNK = 128  # images in front of a victim at once: the activations of more leave the cache
+CHUNK = 128
+"""Images that a model in this process takes at once: the activations of more leave the cache."""
 
 
 class Endpoint(Protocol):
@@ -59,9 +57,7 @@ class Defended:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """(N,C,H,W) float32 -> (N,K) float32 probabilities, on the device of the images."""
-        passed = [
-            self._front(part.to(self._device, memory_format=torch.channels_last)) for part in images.split(_CHUNK)
-        ]
+        passed = [self._front(part.to(self._device, memory_format=torch.channels_last)) for part in images.split(CHUNK)]
         return self._victim(torch.cat(passed)).to(images.device)
 
 

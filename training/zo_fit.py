@@ -59,7 +59,7 @@ Connect = Callable[..., AbstractContextManager[Endpoint]]
 """Takes the arguments of `HTTPVictim`."""
 
 _PROBE_IMAGES = 32
-_MAY_CHANGE = frozenset(
+MAY_CHANGE = frozenset(
     {
         "victim_url",
         "max_queries",
@@ -226,7 +226,7 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
-        if name not in _MAY_CHANGE and old.get(name) != new.get(name)
+        if name not in MAY_CHANGE and old.get(name) != new.get(name)
     ]
     if changed:
         raise cli.UserError(f"the run to resume had other settings: {'; '.join(changed)}")
