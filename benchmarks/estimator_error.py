@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,14 +49,9 @@ from services.device import resolve_device
 from training import cli, pretrain
 from training.datasets import load_data
 from training.inprocess import InProcessVictim, in_process
+from training.plots import COLOURS, MARKERS
 from training.results import align
 
-mpl.use("Agg")  # files only; there may be no screen
-
-from matplotlib import pyplot as plt
-
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # Okabe and Ito
-_MARKERS = "osD^vPX<>"
 _RUN = 600 * 64  # images and steps of a whole training run, over which a student's queries are spread
 _POINTS = 8192  # evaluated at once
 
@@ -247,8 +242,8 @@ def draw(findings: list[Finding], path: Path) -> None:
             axes.plot(
                 [finding.queries for finding in members],
                 [getattr(finding, field) for finding in members],
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
                 linestyle=style,
                 label=name,
             )

@@ -22,8 +22,8 @@ from training.methods import METHODS
 from training.results import nested_interval
 from training.runs import Array, Group
 
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-_MARKERS: Final = "osD^vPXh"
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+MARKERS: Final = "osD^vPXh"
 _DPI: Final = 150
 _GRID: Final = 200  # radii at which a curve is drawn
 _STYLE: Final[dict[Any, Any]] = {
@@ -172,7 +172,7 @@ def _name(group: Group, *, budget: bool) -> str:
 def _looks(group: Group) -> dict[str, Any]:
     """Line style by what a method may see, solid if it learned from queries; colour and marker within that kind."""
     style, number = _kind_and_number(group.run.method)
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": style, "linewidth": 1.6}
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": 1.6}
 
 
 def _kind_and_number(name: str) -> tuple[str, int]:
@@ -189,7 +189,7 @@ def _kind_and_number(name: str) -> tuple[str, int]:
 def _marker(group: Group) -> str:
     """One more round of the colours goes with other markers."""
     _, number = _kind_and_number(group.run.method)
-    return _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def _bar(axes: Axes, place: float, value: float, low: float, high: float, group: Group) -> None:

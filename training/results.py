@@ -177,9 +177,7 @@ def bootstrap_interval(
     picks = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
     drawn = array[picks]
     statistics = drawn.mean(axis=1) if statistic is None else statistic(drawn)
-    tail = (1 - level) / 2
-    low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
-    return float(low), float(high)
+    return _percentiles(statistics, level)
 
 
 def nested_interval(
@@ -218,6 +216,11 @@ def nested_interval(
         return result
 
     statistics = drawn(values) - (0.0 if reference is None else drawn(reference))
+    return _percentiles(statistics, level)
+
+
+def _percentiles(statistics: npt.NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The (low, high) order statistics that leave out (1 - level) / 2 on either side."""
     tail = (1 - level) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
     return float(low), float(high)

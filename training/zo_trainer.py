@@ -63,8 +63,10 @@ class Trainer:
         self._optimizer = torch.optim.Adam(self._parameters, self.settings.learning_rate)
         self._generator = torch.Generator().manual_seed(self.settings.seed)
         decay = self.settings.averaging
-        self._averaged = AveragedModel(self.sanitizer, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self._averaged.n_averaged.fill_(1)  # the average begins at the pre-trained state, not after the first step
+        self._averaged: AveragedModel | None = None
+        if decay:
+            self._averaged = AveragedModel(self.sanitizer, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+            self._averaged.n_averaged.fill_(1)  # the average begins at the pre-trained state, not after the first step
         self._best_state = state_copy(self.sanitizer)
         self._may_drop_reconstruction = (
             self.settings.reconstruction == "chosen" and self.sanitizer.autoencoder is not None
@@ -135,7 +137,7 @@ class Trainer:
             },
             tensors={
                 **prefixed("sanitizer", self.sanitizer.state_dict()),
-                **prefixed("averaged", self._averaged.state_dict()),
+                **({} if self._averaged is None else prefixed("averaged", self._averaged.state_dict())),
                 **prefixed("best", self._best_state),
                 **({} if self.student is None else prefixed("surrogate", self.student.save())),
                 **prefixed("optimizer", optimizer_tensors(self._optimizer)),
@@ -159,7 +161,8 @@ class Trainer:
         self.best = None if checkpoint.state["best"] is None else Validation(**checkpoint.state["best"])
         self.sanitizer.load_state_dict(under("sanitizer", checkpoint.tensors))
         self._best_state = {name: tensor.to(self._device) for name, tensor in under("best", checkpoint.tensors).items()}
-        self._averaged.load_state_dict(under("averaged", checkpoint.tensors))
+        if self._averaged is not None:
+            self._averaged.load_state_dict(under("averaged", checkpoint.tensors))
         restore_optimizer(self._optimizer, under("optimizer", checkpoint.tensors))
         kept = under("surrogate", checkpoint.tensors)
         if self.student is not None and kept:
@@ -242,7 +245,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.step, self.victim.ledger)
         self._optimizer.step()
-        if self.settings.averaging:
+        if self._averaged is not None:
             self._averaged.update_parameters(self.sanitizer)
         if self.student is not None:
             self.student.surrogate.learn(self.student.surrogate.settings.steps)
@@ -275,7 +278,7 @@ class Trainer:
         return clean + self.settings.sigma * torch.randn(clean.shape, generator=self._generator).to(clean.device)
 
     def _validate(self) -> None:
-        served = cast(Sanitizer, self._averaged.module) if self.settings.averaging else self.sanitizer
+        served = self.sanitizer if self._averaged is None else cast(Sanitizer, self._averaged.module)
         candidates = [served]
         if self._may_drop_reconstruction:
             candidates.append(served.denoiser_alone().to(self._device))

@@ -1,7 +1,7 @@
 import pytest
-from zo_fakes import SPLITS, Endpoint
+from zo_fakes import SPLITS, Endpoint, pretrain_into
 
-from training import pretrain, zo_fit
+from training import zo_fit
 
 
 @pytest.fixture
@@ -11,11 +11,7 @@ def endpoint() -> Endpoint:
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
-        assert pretrain.main(["--pretrain-steps", "60", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
-    return folder
+    return pretrain_into(tmp_path_factory.mktemp("pretrained"), SPLITS, steps=60)
 
 
 @pytest.fixture

@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from zo_fakes import LABELS, SIZE, pretrain_into
 
 from services.protocol.errors import UpstreamUnreachable
-from training import compare, learning, methods, plots, pretrain, runs, zo_fit
+from training import compare, learning, methods, plots, runs, zo_fit
 from training.datasets import ImageSet, Splits
 from training.measuring import locked
 from training.methods import Method
 from training.results import read_rows
 
-SIZE = 16
-LABELS = ["left", "right"]
 URL = ["--victim-url", "http://victim"]
 QUICK = ("--batch", "8", "--validation-images", "4", "--validate-every", "50")
 TABLE = {
@@ -76,11 +75,7 @@ class Victim:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "load_data", lambda *_, **__: SPLITS)
-        assert pretrain.main(["--pretrain-steps", "10", "--code", "8", "--size", "16", "--out", str(folder)]) == 0
-    return folder
+    return pretrain_into(tmp_path_factory.mktemp("pretrained"), SPLITS, steps=10)
 
 
 @pytest.fixture

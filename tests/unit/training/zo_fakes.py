@@ -1,11 +1,14 @@
 """A victim without sockets, and images for it, that the tests of `zo_fit` share."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from services.protocol.errors import UnsupportedMedia, UpstreamUnreachable
+from training import pretrain
 from training.datasets import ImageSet, Splits
 
 SIZE = 16
@@ -65,3 +68,12 @@ class Endpoint:
 
     def ready(self) -> bool:
         return True
+
+
+def pretrain_into(folder: Path, splits: Splits, steps: int) -> Path:
+    """Pre-trains small parts on these images; returns the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "load_data", lambda *_, **__: splits)
+        code = pretrain.main(["--pretrain-steps", str(steps), "--code", "8", "--size", str(SIZE), "--out", str(folder)])
+    assert code == 0
+    return folder
