@@ -247,7 +247,7 @@ def draw(findings: list[Finding], path: Path) -> None:
                 linestyle=style,
                 label=name,
             )
-        axes.set(title=title, xlabel="victim queries an image and step, those that taught the student included")
+        axes.set(title=title, xlabel="victim queries an image and step, the student's included")
         axes.set_xscale("log")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
