@@ -280,7 +280,7 @@ def main() -> int:
     parser.add_argument("--pretrained", type=Path, required=True, help="what training.pretrain wrote")
     parser.add_argument("--images", type=cli.positive_int, default=256, help="validation images (default 256)")
     parser.add_argument("--sigma", type=cli.positive_float, default=0.25, help="of the noise (default 0.25)")
-    parser.add_argument("--student-steps", type=cli.positive_int, default=1200, help="of each student (default 1200)")
+    parser.add_argument("--student-steps", type=cli.positive_int, default=2400, help="of each student (default 2400)")
     parser.add_argument("--out", type=Path, default=Path("artifacts/estimators"), help="stem of the files")
     return cli.run(_run, parser)
 

@@ -33,9 +33,10 @@ class Provenance(BaseModel):
     """How a sanitizer came to be.
 
     Attributes:
-        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds", or, with an open model, "fo-ds" or
-            "fo-ae-ds".
-        estimator: The estimator's settings; None where no gradient was estimated.
+        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds" (queries, without or with an autoencoder,
+            by whichever estimator), or, with an open model, "fo-ds" or "fo-ae-ds".
+        estimator: The estimator, a surrogate's gradient included, and its settings; None where no gradient was
+            estimated.
         data: Name of the data set.
         data_fingerprint: SHA-256 of the images it was trained on.
         settings: The command's settings.

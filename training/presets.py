@@ -14,9 +14,13 @@ _AE_DS: Final = "--sanitizer denoiser+autoencoder"
 _RGE: Final = "--estimator rge --sampling sphere --difference forward --mu 0.005"
 _CGE: Final = "--estimator cge --difference central --mu 0.005"
 
-# Exact gradients, and those of a surrogate, bear a larger step than noisy ones; chosen on validation, as all below.
+# Exact gradients bear a larger step than noisy ones; chosen on validation, as all below.
 _FAST: Final = "--learning-rate 3e-4 --schedule cosine --averaging 0.95 --clip 5 --validate-every 60"
-_MANY_STEPS: Final = f"{_DS} --batch 32 {_FAST}"
+# A surrogate is worth the more the longer it has learned and the slower the denoiser leaves what it has learned.
+_TRUSTED: Final = (
+    "--batch 32 --extra 32 --warm-up-steps 2400 "
+    "--learning-rate 2e-4 --schedule cosine --averaging 0.98 --clip 5 --validate-every 100"
+)
 _PROJECTED: Final = "--sampling orthonormal --combine projection"
 
 PRESETS: Final[Mapping[str, str]] = MappingProxyType(
@@ -27,12 +31,12 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         "zo-ae-ds-cge": f"{_AE_DS} {_CGE} --batch 4",
         "dct": f"{_DS} --subspace dct --rank 64 --rotated 0.25 {_PROJECTED} --directions 4 --batch 128",
         "decoder": f"{_DS} --subspace decoder {_PROJECTED} --directions 4 --batch 128",
-        "control-variate": f"{_MANY_STEPS} --control-variate --directions 1 --difference forward",
-        "surrogate": f"{_MANY_STEPS} --estimator surrogate --checked 0",
-        "checked": f"{_MANY_STEPS} --estimator surrogate --checked 8",
-        "guided": f"{_MANY_STEPS} --guided --directions 1",
-        "guided-dct": f"{_MANY_STEPS} --guided --subspace dct --rank 64 --sampling orthonormal --directions 4",
-        "guided-auto": f"--sanitizer auto --batch 32 {_FAST} --guided --directions 1",
+        "control-variate": f"{_DS} --batch 32 {_FAST} --control-variate --directions 1 --difference forward",
+        "surrogate": f"{_DS} {_TRUSTED} --validate-every 200 --estimator surrogate --checked 0",
+        "checked": f"{_DS} {_TRUSTED} --estimator surrogate --checked 8",
+        "guided": f"{_DS} {_TRUSTED} --guided --directions 1",
+        "guided-dct": f"{_DS} {_TRUSTED} --guided --subspace dct --rank 64 --sampling orthonormal --directions 4",
+        "guided-auto": f"--sanitizer auto {_TRUSTED} --guided --directions 1",
         "fo-ds": f"{_DS} --batch 64 {_FAST} --estimator exact",
         "fo-ae-ds": f"{_AE_DS} --batch 64 {_FAST} --estimator exact",
     }

@@ -90,7 +90,9 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
 
     surrogate = parser.add_argument_group("the surrogate, where the method uses one")
     surrogate.add_argument(
-        "--warm-up", type=cli.positive_int, help="queries it learns from before the first step (default: a fifth)"
+        "--warm-up",
+        type=cli.positive_int,
+        help="queries it learns from before the first step (default: a third, at most 20000)",
     )
     surrogate.add_argument(
         "--warm-up-steps", type=cli.positive_int, help="its optimiser steps on them (default: one for ten queries)"

@@ -43,6 +43,7 @@ from training.student import Student
 from training.zo_options import AUTO
 from training.zo_settings import FitSettings
 
+_WARM_UP = 20_000  # queries at most, unless told: later ones, on policy, teach more
 _OF_RGE = ("directions", "sampling", "subspace", "guided", "control_variate", "combine")
 _OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "slope_weight", "keep_surrogate")
 
@@ -61,7 +62,7 @@ def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentP
         **dict.fromkeys(_OF_RGE, (rge, "--estimator rge")),
         **dict.fromkeys(("rank", "rotated"), (rge and subspace, "a --subspace of that kind")),
         **dict.fromkeys(_OF_THE_SURROGATE, (surrogate, "a method with a surrogate")),
-        "extra": (rge, "--estimator rge"),
+        "extra": (rge or arguments.estimator == "surrogate", "--estimator rge or surrogate"),
         "checked": (arguments.estimator == "surrogate", "--estimator surrogate"),
         "vote_noise": (arguments.votes > 1, "--votes"),
     }
@@ -91,7 +92,7 @@ def difference_of(arguments: argparse.Namespace) -> Difference:
 
 def surrogate_settings(arguments: argparse.Namespace) -> SurrogateSettings:
     """How the student learns."""
-    warm_up = max(1, (arguments.warm_up or arguments.max_queries // 5) // arguments.votes)
+    warm_up = max(1, (arguments.warm_up or min(arguments.max_queries // 3, _WARM_UP)) // arguments.votes)
     return SurrogateSettings(
         warm_up=warm_up,
         warm_up_steps=arguments.warm_up_steps or math.ceil(warm_up / 10),
@@ -114,6 +115,14 @@ def build_estimator(
     Raises:
         UserError: The arguments do not fit each other, or the sanitizer.
     """
+    estimator = _estimator_of_batch(arguments, sanitizer, autoencoder, mu)
+    return Extrapolation(estimator, arguments.batch) if arguments.extra else estimator
+
+
+def _estimator_of_batch(
+    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
+) -> Estimator:
+    """The estimator at the images that are paid for."""
     difference = difference_of(arguments)
     match arguments.estimator:
         case "cge":
@@ -137,8 +146,7 @@ def build_estimator(
         raise cli.UserError(f"{error} (--combine projection)") from error
     if arguments.control_variate and (arguments.batch - 1) * arguments.directions < FEWEST_TERMS:
         raise cli.UserError("too few slopes to ever trust a control variate: raise --batch or --directions")
-    estimator: Estimator = ControlVariate(random) if arguments.control_variate else random
-    return Extrapolation(estimator, arguments.batch) if arguments.extra else estimator
+    return ControlVariate(random) if arguments.control_variate else random
 
 
 def _directions(arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None) -> Directions:

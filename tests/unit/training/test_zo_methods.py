@@ -34,6 +34,7 @@ def history(folder):
         ["--guided", "--warm-up", "40", "--warm-up-steps", "4"],  # over the code
         ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16", "--rotated", "0.25"],
         [*GUIDED, "--extra", "6"],
+        [*SURROGATE, "--estimator", "surrogate", "--checked", "0", "--extra", "6"],
         ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"],
         ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection"],
         ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5"],
