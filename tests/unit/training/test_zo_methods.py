@@ -11,6 +11,7 @@ from defense.artifact import load_artifact
 from training import zo_fit
 from training.checkpoint import Checkpoint, Journal
 from training.student import FOLDER_NAME, Student
+from training.zo_parts import surrogate_settings
 
 SURROGATE = ["--sanitizer", "denoiser", "--warm-up", "40", "--warm-up-steps", "4"]
 GUIDED = [*SURROGATE, "--guided", "--slope-weight", "0.1"]
@@ -47,6 +48,12 @@ def test_every_method_trains_and_accounts_for_what_it_sent(fit, endpoint, tmp_pa
     assert manifest.queries_spent == endpoint.received == Journal.total(tmp_path / "out")
     assert history(tmp_path / "out")[-1]["step"] == 2
     assert manifest.queries.get("surrogate", 0) == (40 if "--warm-up" in arguments else 0)
+
+
+@pytest.mark.parametrize(("budget", "answers"), [(15_000, 5_000), (1_000_000, 20_000)])
+def test_the_warm_up_is_a_share_of_a_small_budget_and_bounded_in_a_large_one(budget, answers):
+    arguments = zo_fit.build_parser().parse_args(["--victim-url", "u", "--max-queries", str(budget)])
+    assert surrogate_settings(arguments).warm_up == answers
 
 
 def test_the_surrogate_is_deleted_when_training_ends(fit, tmp_path):
