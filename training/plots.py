@@ -101,8 +101,7 @@ def plot_queries(groups: Sequence[Group], radii: Sequence[float], out: Path, tit
                 title=f"certified at radius {radius:g}", xlabel="victim queries spent", ylabel="certified accuracy, %"
             )
         for axes in panels[0]:
-            axes.set(ylim=(0, 100), xlim=(0, None))
-            axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+            axes.set(ylim=(0, 100), xscale="log")  # budgets are multiples of each other
         shown = [
             *_largest_budgets(learned),
             *(group for group in groups if group.radii is not None and not group.run.budget),
