@@ -43,7 +43,7 @@ from training.student import Student
 from training.zo_options import AUTO
 from training.zo_settings import FitSettings
 
-_WARM_UP = 20_000  # queries at most, unless told: later ones, on policy, teach more
+_LARGEST_WARM_UP = 20_000  # queries, unless told: the others are asked where the sanitizer is by then
 _OF_RGE = ("directions", "sampling", "subspace", "guided", "control_variate", "combine")
 _OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "slope_weight", "keep_surrogate")
 
@@ -92,7 +92,7 @@ def difference_of(arguments: argparse.Namespace) -> Difference:
 
 def surrogate_settings(arguments: argparse.Namespace) -> SurrogateSettings:
     """How the student learns."""
-    warm_up = max(1, (arguments.warm_up or min(arguments.max_queries // 3, _WARM_UP)) // arguments.votes)
+    warm_up = max(1, (arguments.warm_up or min(arguments.max_queries // 3, _LARGEST_WARM_UP)) // arguments.votes)
     return SurrogateSettings(
         warm_up=warm_up,
         warm_up_steps=arguments.warm_up_steps or math.ceil(warm_up / 10),
