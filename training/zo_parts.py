@@ -116,13 +116,15 @@ def build_estimator(
         UserError: The arguments do not fit each other, or the sanitizer.
     """
     estimator = _estimator_of_batch(arguments, sanitizer, autoencoder, mu)
-    return Extrapolation(estimator, arguments.batch) if arguments.extra else estimator
+    if arguments.extra and not isinstance(estimator, SurrogateGradient):
+        return Extrapolation(estimator, arguments.batch)
+    return estimator
 
 
 def _estimator_of_batch(
     arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
 ) -> Estimator:
-    """The estimator at the images that are paid for."""
+    """The estimator at the images that are paid for; the surrogate's own gradient also at those that are not."""
     difference = difference_of(arguments)
     match arguments.estimator:
         case "cge":
@@ -131,7 +133,7 @@ def _estimator_of_batch(
             if 0 < min(arguments.checked, arguments.batch) < arguments.checked:
                 raise cli.UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
             try:
-                return SurrogateGradient(arguments.checked, mu)
+                return SurrogateGradient(arguments.checked, mu, asked=arguments.batch)
             except ValueError as error:
                 raise cli.UserError(f"--checked: {error}") from error
         case "exact":

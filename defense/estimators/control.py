@@ -48,18 +48,21 @@ class ControlVariate:
 class SurrogateGradient:
     """The surrogate's gradient itself, scaled by what slopes at a few images of the batch say of it.
 
-    Most images cost the one evaluation at their point, from which the surrogate then learns. Biased by whatever the
-    surrogate does not know; where the slopes do not confirm it, the estimate is zero, and the step is left to the other
-    terms of the objective.
+    Most images cost the one evaluation at their point, from which the surrogate then learns, or none. Biased by
+    whatever the surrogate does not know; where the slopes do not confirm it, the estimate is zero, and the step is left
+    to the other terms of the objective.
 
     Attributes:
         checked: Images of a batch, its first ones, at which the slope along the surrogate's gradient is measured; 0: it
             is believed as it is. Fewer than 5 could never confirm it.
         mu: The step of those measurements.
+        asked: Images of a batch, its first ones, about which the black box is asked; the others cost nothing. None:
+            all.
     """
 
     checked: int
     mu: float
+    asked: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what would always be zero."""
@@ -67,37 +70,41 @@ class SurrogateGradient:
             raise ValueError(
                 f"{self.checked} slopes cannot confirm a surrogate: check none, or at least {FEWEST_TERMS}"
             )
+        if self.asked is not None and self.asked < max(1, self.checked):
+            raise ValueError(f"{self.checked} of {self.asked} images cannot be checked: ask about more, or check fewer")
 
     def evaluations(self, dimension: int) -> int:
-        """At most so many for one point: two for those that are checked, one for the others."""
+        """At most so many for one point: two for those that are checked, one for the others that are asked about."""
         return 2 if self.checked else 1
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
         """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
 
-        Its own error estimate is that along the surrogate's gradient, the only direction it looks in: a lower bound;
-        NaN where nothing is checked.
+        The loss of an image that is not asked about is NaN. Its own error estimate is that along the surrogate's
+        gradient, the only direction it looks in: a lower bound; NaN where nothing is checked.
         """
         images = len(z)
         known = loss.surrogate_gradient(z).flatten(1)
-        checked = min(self.checked, images)
-        if budget is not None and budget < images + checked:
+        asked = images if self.asked is None else min(self.asked, images)
+        checked = min(self.checked, asked)
+        if budget is not None and budget < asked + checked:
             raise BudgetExhausted(
-                f"a budget of {budget} evaluations does not hold {images} images, {checked} of them checked"
+                f"a budget of {budget} evaluations does not hold {asked} images, {checked} of them checked"
             )
         flat = z.detach().flatten(1)
         stepped = flat[:checked] + self.mu * unit(known[:checked])
-        owners = torch.cat([torch.arange(images), torch.arange(checked)]).to(z.device)
+        owners = torch.cat([torch.arange(asked), torch.arange(checked)]).to(z.device)
         with torch.no_grad():
-            values = loss.black_box(torch.cat([flat, stepped]).view(-1, *z.shape[1:]), owners)
-        base = values[:images]
+            values = loss.black_box(torch.cat([flat[:asked], stepped]).view(-1, *z.shape[1:]), owners)
+        base = values.new_full((images,), torch.nan)
+        base[:asked] = values[:asked]
         beta, error = torch.ones((), device=z.device), torch.full((), torch.nan, device=z.device)
         if checked:
-            slopes, predicted = (values[images:] - base[:checked]) / self.mu, known[:checked].norm(dim=1)
+            slopes, predicted = (values[asked:] - values[:checked]) / self.mu, known[:checked].norm(dim=1)
             products = slopes * predicted
             beta = trusted_factor(products.sum(), predicted.square().sum(), products.square().sum())
             error = (slopes - beta * predicted).square().mean()
-        return Estimate((beta * known).view_as(z), base, error.expand(images), images + checked)
+        return Estimate((beta * known).view_as(z), base, error.expand(images), asked + checked)
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,8 @@ class Extrapolation:
         at the measured ones.
         """
         few = min(self.measured, len(z))
-        found = self.inner(z[:few], loss, generator, budget)
         known = loss.surrogate_gradient(z).flatten(1)
+        found = self.inner(z[:few], loss, generator, budget)
         measured, there = found.gradient.flatten(1), known[:few]
         products, squares = (measured * there).sum(1), there.square().sum(1)
         beta = trusted_factor(products.sum(), squares.sum(), products.square().sum())

@@ -14,6 +14,7 @@ from defense.estimators import (
     DecoderTangents,
     Estimator,
     ExactGradient,
+    Extrapolation,
     FixedSpan,
     Guided,
     Isotropic,
@@ -91,6 +92,8 @@ RANDOM = RandomGradientEstimator(6, 0.1)
         (SurrogateGradient(0, 0.1), 3, 3),
         (SurrogateGradient(8, 0.1), None, 3 + 3),
         (SurrogateGradient(8, 0.1), 1000, 3 + 3),
+        (SurrogateGradient(0, 0.1, asked=2), 2, 2),
+        (Extrapolation(RANDOM, 2), None, 2 * 7),
     ],
     ids=repr,
 )
@@ -114,6 +117,8 @@ def test_what_was_spent_is_what_was_evaluated_and_stays_in_the_budget(gradient, 
         (CoordinateGradientEstimator(0.1, "forward"), 3 * (D + 1)),
         (SurrogateGradient(0, 0.1), 3),
         (SurrogateGradient(8, 0.1), 3 + 3),
+        (SurrogateGradient(0, 0.1, asked=2), 2),
+        (Extrapolation(RANDOM, 2), 2 * 2),
     ],
     ids=repr,
 )
@@ -404,15 +409,45 @@ def test_an_unchecked_surrogate_is_believed_as_it_is(gradient):
     assert estimate.spent == black_box.spent == 20
 
 
+def test_of_an_image_that_the_black_box_is_not_asked_about_only_the_gradient_is_known(gradient):
+    loss, black_box = surrogate_loss(gradient, 2 * gradient)
+    estimate = SurrogateGradient(16, 0.1, asked=18)(torch.zeros(20, D), loss, generator())
+    torch.testing.assert_close(estimate.gradient, gradient.expand(20, -1), atol=1e-3, rtol=1e-3)
+    assert estimate.loss.isnan().nonzero().squeeze(1).tolist() == [18, 19]
+    assert estimate.spent == black_box.spent == 18 + 16
+
+
+@pytest.mark.parametrize("asked", [0, 7])
+def test_more_images_cannot_be_checked_than_are_asked_about(asked):
+    with pytest.raises(ValueError, match=f"8 of {asked} images cannot be checked"):
+        SurrogateGradient(8, 0.1, asked=asked)
+
+
+def test_images_that_are_not_measured_get_the_surrogates_gradient_at_the_rate_of_the_measured_ones(gradient):
+    known = 3 * gradient
+    loss, _ = surrogate_loss(gradient, known)
+    estimate = Extrapolation(CoordinateGradientEstimator(0.1), 12)(normal(20, D, seed=1), loss, generator())
+    torch.testing.assert_close(estimate.gradient, gradient.expand(20, -1), atol=1e-3, rtol=1e-3)
+    assert estimate.loss.isnan().nonzero().squeeze(1).tolist() == list(range(12, 20))
+
+
+def test_a_surrogate_that_measured_images_do_not_confirm_is_not_extrapolated(gradient):
+    loss, _ = surrogate_loss(gradient, -gradient)
+    estimate = Extrapolation(CoordinateGradientEstimator(0.1), 12)(normal(20, D, seed=1), loss, generator())
+    torch.testing.assert_close(estimate.gradient[:12], gradient.expand(12, -1), atol=1e-3, rtol=1e-3)
+    assert (estimate.gradient[12:] == 0).all()
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
         ControlVariate(RANDOM),
         SurrogateGradient(5, 0.1),
+        Extrapolation(RANDOM, 2),
         RandomGradientEstimator(3, 0.1, Guided(), combine="projection"),
         RandomGradientEstimator(2, 0.1, Subspace(SurrogateSpan(2), 2)),
     ],
-    ids=["control", "surrogate", "guided", "span"],
+    ids=["control", "surrogate", "extrapolated", "guided", "span"],
 )
 def test_what_needs_a_surrogate_says_so(gradient, estimator: Estimator):
     black_box = Counting(gradient)
