@@ -142,8 +142,8 @@ def probe(
     in another batch must not change an answer), and the difference table along two directions each. Where the loss is
     small the victim is sure, and hardly moves: those images decide neither the noise nor the slopes of a batch.
 
-    Fixes on `victim` the number of classes, the kind of scores and their rounding, so that every later answer is
-    checked and read accordingly.
+    Fixes on `victim` the number of classes, whether there are pixels behind it, the kind of scores and their rounding,
+    so that every later answer is checked and read accordingly.
 
     Args:
         victim: The metered black box.
@@ -161,13 +161,14 @@ def probe(
     """
     _refuse_small_budget(victim, probe_queries(len(clean), needs_differences))
     on_clean = victim.query(clean, "probe")
-    victim.num_classes = on_clean.shape[1]
+    victim.num_classes, victim.positions = on_clean.shape[1], tuple(on_clean.shape[2:])
     on_points = victim.query(decode(points), "probe")
     kind: ScoreKind = "probabilities" if is_distribution(torch.cat([on_clean, on_points])) else "logits"
     targets = on_clean.argmax(1)
     unsure = stability_loss(on_points, targets, kind)
     if kind == "probabilities":  # what was rounded, or underflowed, to zero cannot move
-        unsure = unsure.where(on_points.gather(1, targets.unsqueeze(1)).squeeze(1) > 0, 0.0)
+        movable = on_points.gather(1, targets.unsqueeze(1)).view(len(clean), -1) > 0
+        unsure = unsure.where(movable.any(1), 0.0)
     looked_at = unsure.topk(_looked_at(len(clean))).indices
     points, targets, first = points[looked_at], targets[looked_at], on_points[looked_at]
     images = decode(points)
@@ -197,7 +198,8 @@ def probe(
     repeated = (changes.square().mean() / 2).sqrt().item()
     table: list[Spacing] = []
     if spacings:
-        values = losses(around, targets[rows].repeat(2 * SPACINGS + 1)).view(-1, len(rows))
+        wanted = targets[rows.repeat(2 * SPACINGS + 1)]
+        values = losses(around, wanted).view(-1, len(rows))
         below, above = values[: len(spacings)], values[len(spacings) :]
         table = [
             differences(spacing, torch.stack([below[k], here[rows], above[k], above[k + 1]]))

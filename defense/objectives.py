@@ -1,7 +1,8 @@
 """What the sanitizer is trained for: the victim's answers stay what they were on the clean image.
 
 Stability and denoising losses of denoised smoothing (Salman et al. 2020, section 3) and ZO-AE-DS (Zhang et al. 2022,
-equation 3); per image, so that an estimator can difference them.
+equation 3); per image, so that an estimator can difference them. Scores have their K classes at axis 1: (N, K) of a
+classifier, (N, K, H, W) of a segmenter.
 """
 
 import math
@@ -13,32 +14,99 @@ from torch.nn import functional as F
 
 ScoreKind = Literal["probabilities", "logits"]
 
+_SMOOTH = 1.0  # pixels added to both sides of the soft Dice, which so is defined for empty masks
+
 
 def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
-    """Cross-entropy of the victim's scores against its own answers on the clean images.
+    """How far the victim's scores are from its own answers on the clean images.
+
+    Of classes the cross-entropy. Of masks the mean cross-entropy of the pixels plus the soft Dice loss, as segmenters
+    are trained themselves (Isensee et al. 2021): the first alone would count a lost small lesion as next to nothing.
 
     Args:
-        scores: (..., K) probabilities or logits.
-        targets: (...) int64 class indices, the victim's argmax on the clean image.
+        scores: (N, K) or (N, K, H, W) probabilities or logits.
+        targets: (N,) or (N, H, W) int64 class indices, the victim's argmax on the clean image.
         kind: What the scores are.
 
     Returns:
-        (...) losses in nats; finite also where a probability underflowed to zero.
+        (N,) losses, in nats but for the Dice loss, which lies in [0, 1]; finite also where a probability underflowed
+        to zero.
     """
-    return -log_probabilities(scores, kind).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    entropy = _cross_entropy(scores, targets, kind)
+    if entropy.ndim == 1:
+        return entropy
+    return entropy.flatten(1).mean(1) + (1 - _soft_dice(_probabilities(scores, kind), targets)).mean(1)
+
+
+def located_loss(scores: Tensor, targets: Tensor, kind: ScoreKind, around: Tensor) -> Tensor:
+    """The stability loss of masks as a sum over pixels, to first order in the probabilities.
+
+    The cross-entropy is such a sum; the soft Dice is made one by its derivative at each pixel. At the scores around
+    which that is taken, value and gradient of the sum are those of `stability_loss`.
+
+    Args:
+        scores: (N, K, H, W) probabilities or logits.
+        targets: (N, H, W) int64 class indices.
+        kind: What the scores are.
+        around: (N, K, H, W), of the same kind: where the Dice loss is linearised.
+
+    Returns:
+        (N, H, W) losses.
+    """
+    pixels = targets[0].numel()
+    before, now = _probabilities(around, kind), _probabilities(scores, kind)
+    dice = _soft_dice(before, targets)  # (N, K - 1)
+    size = before[:, 1:].flatten(2).sum(2) + _foreground(targets, scores.shape[1]).flatten(2).sum(2) + _SMOOTH
+    right = 2 * _foreground(targets, scores.shape[1]) - dice[..., None, None]
+    change = (right / size[..., None, None] * (now - before)[:, 1:]).mean(1)
+    return _cross_entropy(scores, targets, kind) / pixels + (1 - dice).mean(1).view(-1, 1, 1) / pixels - change
+
+
+def agreement(answers: Tensor, targets: Tensor) -> Tensor:
+    """(N,) how far answers agree with targets: 1 or 0 for classes (N,), for masks (N, H, W) the Dice of what is not 0.
+
+    The Dice of two masks counts pixels of the same class; it is 1 where both are empty.
+    """
+    same = answers == targets
+    if same.ndim == 1:
+        return same.float()
+    both = (same & (targets > 0)).flatten(1).sum(1)
+    either = (answers > 0).flatten(1).sum(1) + (targets > 0).flatten(1).sum(1)
+    return torch.where(either > 0, 2 * both / either.clamp_min(1), 1.0)
 
 
 def log_probabilities(scores: Tensor, kind: ScoreKind, floor: float = 0.0) -> Tensor:
-    """Log-probabilities of (..., K) scores, in nats.
+    """Log-probabilities of (N, K, *positions) scores, in nats.
 
     Args:
-        scores: (..., K) probabilities or logits.
+        scores: (N, K, *positions) probabilities or logits.
         kind: What the scores are.
         floor: The least probability to answer, before the others are scaled to sum to one again; 0: none, but an
             underflow counts as the smallest normal number, so that all stays finite.
     """
-    logs = F.log_softmax(scores, dim=-1) if kind == "logits" else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
-    return F.log_softmax(logs.clamp_min(math.log(floor)), dim=-1) if floor else logs
+    logs = F.log_softmax(scores, dim=1) if kind == "logits" else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    return F.log_softmax(logs.clamp_min(math.log(floor)), dim=1) if floor else logs
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
+    """(N, *positions), in nats."""
+    return -log_probabilities(scores, kind).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _probabilities(scores: Tensor, kind: ScoreKind) -> Tensor:
+    return scores.softmax(1) if kind == "logits" else scores
+
+
+def _foreground(targets: Tensor, classes: int) -> Tensor:
+    """(N, K - 1, H, W): 1 where the target is the class; background, class 0, has no plane."""
+    return F.one_hot(targets, classes).movedim(-1, 1)[:, 1:].float()
+
+
+def _soft_dice(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """(N, K - 1) soft Dice of the classes that are not background, 1 where both are empty."""
+    wanted = _foreground(targets, probabilities.shape[1]).flatten(2)
+    found = probabilities[:, 1:].flatten(2)
+    return (2 * (found * wanted).sum(2) + _SMOOTH) / (found.sum(2) + wanted.sum(2) + _SMOOTH)
 
 
 def denoising_loss(sanitized: Tensor, clean: Tensor) -> Tensor:

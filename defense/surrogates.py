@@ -10,50 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defense.layers import pad_to_multiple
 from defense.objectives import ScoreKind, log_probabilities, stability_loss
+from defense.student_networks import DenseStudentNetwork, StudentNetwork
 
-_FOLD = 2  # blocks of so many pixels a side become channels: convolutions of the full image are what costs
-_WIDTHS = (16, 32, 64, 64)
 _WARM_UP = 50  # steps over which the learning rate rises
 _LAST_RATE = 0.15  # of the learning rate: where the first long training ends, and what all later steps get
 _RECENT = 512  # answers that count as on policy
 _FLOOR = 1e-4  # least probability that the student is asked to answer, so that no answer has infinite weight
 _JITTER = 0.02  # noise on the images that it learns from, which smooths its gradient
 _STEP = 0.05  # L2 length over which the student's own slopes are taken
-
-
-class StudentNetwork(nn.Module):
-    """A plain convolutional classifier: up to four stages, each halving the image.
-
-    It is asked for gradients, not for accuracy: smooth activations and average pooling, whose gradients agree with the
-    victim's sooner than those of rectifiers and maximum pooling do.
-
-    Args:
-        shape: (C, H, W).
-        classes: K.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
-        super().__init__()
-        channels, height, width = shape[0] * _FOLD**2, -(-shape[1] // _FOLD), -(-shape[2] // _FOLD)
-        layers: list[nn.Module] = []
-        for stage, features in enumerate(_WIDTHS):
-            if min(height, width) < 2:
-                break
-            for _ in range(1 if stage == 0 else 2):
-                layers += [nn.Conv2d(channels, features, 3, padding=1), nn.BatchNorm2d(features), nn.GELU()]
-                channels = features
-            layers.append(nn.AvgPool2d(2))
-            height, width = height // 2, width // 2
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels * height * width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) images in [0, 1] to (N, K) logits."""
-        folded = F.pixel_unshuffle(pad_to_multiple(images, _FOLD), _FOLD)
-        logits: Tensor = self.head(self.features((folded - 0.5) * 4).flatten(1))
-        return logits
 
 
 class Answers:
@@ -119,8 +84,8 @@ class SurrogateSettings:
 class Surrogate:
     """A student network, all answers that it learns from, and how it learns.
 
-    Images are kept with 8 bits a pixel, directions with 8 bits a coordinate: a quarter of the memory, and noise far
-    below what the student can learn.
+    Images are kept with 8 bits a pixel, directions with 8 bits a coordinate, the probabilities of masks with 8 bits
+    each: a quarter of the memory, and noise far below what the student can learn.
 
     Args:
         shape: (C, H, W).
@@ -128,18 +93,32 @@ class Surrogate:
         settings: How it learns.
         seed: Of its first weights and of its batches.
         device: Where it learns.
+        positions: The axes of the answers behind the classes: () or (H, W).
+
+    Raises:
+        ValueError: Slopes are to be learned, and every answer is a mask: a slope would be as large as a batch of masks.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], classes: int, settings: SurrogateSettings, seed: int, device: torch.device
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        settings: SurrogateSettings,
+        seed: int,
+        device: torch.device,
+        positions: tuple[int, ...] = (),
     ) -> None:
+        if positions and settings.slope_weight:
+            raise ValueError("slopes are learned from classifiers only: leave their weight at 0 for a segmenter")
+        kind = DenseStudentNetwork if positions else StudentNetwork
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = StudentNetwork(shape, classes).to(device).to(memory_format=torch.channels_last)
+            self.network = kind(shape, classes).to(device).to(memory_format=torch.channels_last)
         self.settings = settings
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.learning_rate, weight_decay=1e-2)
-        self.values = Answers({"images": (shape, torch.uint8), "answers": ((classes,), torch.float32)})
+        answer = ((classes, *positions), torch.uint8 if positions else torch.float32)
+        self.values = Answers({"images": (shape, torch.uint8), "answers": answer})
         self.slopes = Answers(
             {
                 "images": (shape, torch.uint8),
@@ -149,10 +128,14 @@ class Surrogate:
             }
         )
         self._device = device
+        self._dense = bool(positions)
 
     def observe(self, images: Tensor, scores: Tensor, kind: ScoreKind) -> None:
-        """Remembers the black box's (N, K) scores for (N, C, H, W) images in [0, 1]."""
-        self.values.append({"images": _to_bytes(images), "answers": log_probabilities(scores, kind, _FLOOR)})
+        """Remembers the black box's (N, K) or (N, K, H, W) scores for (N, C, H, W) images in [0, 1]."""
+        answers = log_probabilities(scores, kind, _FLOOR)
+        self.values.append(
+            {"images": _to_bytes(images), "answers": _to_bytes(answers.exp()) if self._dense else answers}
+        )
 
     def observe_slopes(self, images: Tensor, steps: Tensor, before: Tensor, after: Tensor, kind: ScoreKind) -> None:
         """Remembers how the black box's log-probabilities change along steps, per unit of length.
@@ -188,7 +171,7 @@ class Surrogate:
                 it stays low, and half of every batch are the latest answers.
 
         Returns:
-            The mean divergence, in nats, over the last quarter of the steps; 0 without any.
+            The mean divergence, in nats an answer or a pixel, over the last quarter of the steps; 0 without any.
         """
         self.network.train()
         divergences = []
@@ -212,7 +195,7 @@ class Surrogate:
     def _step(self, recent: int) -> float:
         drawn = self.values.sample(self.settings.batch, recent, self.generator)
         jitter = _JITTER * torch.randn(drawn["images"].shape, generator=self.generator)
-        images, answers = self._images(drawn) + jitter.to(self._device), drawn["answers"].to(self._device)
+        images, answers = self._images(drawn) + jitter.to(self._device), self._answers(drawn)
         with_slopes = self.settings.slope_weight > 0 and len(self.slopes) > 0
         if with_slopes:
             slopes = self.slopes.sample(self.settings.batch // 2, recent, self.generator)
@@ -221,7 +204,7 @@ class Surrogate:
             images = torch.cat([images, at, at + scale * slopes["directions"].to(self._device, torch.float32)])
         outputs = self.network(images.contiguous(memory_format=torch.channels_last)).log_softmax(1)
         count = len(answers)
-        divergence = F.kl_div(outputs[:count], answers, log_target=True, reduction="batchmean")
+        divergence = F.kl_div(outputs[:count], answers, log_target=True, reduction="none").sum(1).mean()
         objective = divergence
         if with_slopes:
             before, after = outputs[count:].chunk(2)
@@ -232,6 +215,11 @@ class Surrogate:
         nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
         self.optimizer.step()
         return divergence.item()
+
+    def _answers(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities."""
+        answers = rows["answers"].to(self._device)
+        return log_probabilities(answers.float() / 255, "probabilities", _FLOOR) if self._dense else answers
 
     def _images(self, rows: Mapping[str, Tensor]) -> Tensor:
         return rows["images"].to(self._device, torch.float32) / 255

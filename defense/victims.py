@@ -18,7 +18,7 @@ class Victim(Protocol):
     """Anything that answers scores for images: HTTP in training, an analytic function in tests."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Answers (N, K) float32 scores for (N, C, H, W) float32 images in [0, 1]."""
+        """Answers float32 scores for (N, C, H, W) float32 images in [0, 1]: (N, K), or (N, K, H, W) of a segmenter."""
         ...
 
 
@@ -89,6 +89,7 @@ class MeteredVictim:
         kind: What the scores are, once it is known; probabilities are checked to be distributions.
         rounding: The decimal unit to which its probabilities are rounded, once it is known; see `read`.
         queries_per_image: What one image costs: V behind a `defense.votes.VotingVictim`.
+        positions: The axes of the scores behind the classes, once they are known: () or (H, W); None accepts both.
     """
 
     def __init__(
@@ -99,9 +100,11 @@ class MeteredVictim:
         kind: ScoreKind | None = None,
         rounding: float | None = None,
         queries_per_image: int = 1,
+        positions: tuple[int, ...] | None = None,
     ) -> None:
         self.ledger = ledger
         self.num_classes = num_classes
+        self.positions = positions
         self.kind = kind
         self.rounding = rounding
         self.queries_per_image = queries_per_image
@@ -115,7 +118,7 @@ class MeteredVictim:
             purpose: What the queries are for, in the ledger.
 
         Returns:
-            (N, K) float32 scores, on the device of the images.
+            (N, K) or (N, K, H, W) float32 scores, on the device of the images.
 
         Raises:
             BudgetExhausted: The images exceed the budget; nothing was sent.
@@ -123,7 +126,7 @@ class MeteredVictim:
         """
         self.ledger.charge(purpose, len(images) * self.queries_per_image)
         scores = self._victim(images).to(images.device, torch.float32)
-        self._check(scores, len(images))
+        self._check(scores, images)
         return self.read(scores)
 
     def read(self, scores: Tensor) -> Tensor:
@@ -137,17 +140,20 @@ class MeteredVictim:
             return scores
         return scores.clamp_min(self.rounding / 2)
 
-    def _check(self, scores: Tensor, count: int) -> None:
-        expected = "K" if self.num_classes is None else str(self.num_classes)
+    def _check(self, scores: Tensor, images: Tensor) -> None:
+        answered = tuple(scores.shape)
+        possible = ((), tuple(images.shape[2:])) if self.positions is None else (self.positions,)
         if (
-            scores.ndim != 2
-            or scores.shape[0] != count
-            or scores.shape[1] < 2
-            or self.num_classes not in (None, scores.shape[1])
+            answered[:1] != (len(images),)
+            or len(answered) < 2
+            or answered[1] < 2
+            or self.num_classes not in (None, answered[1])
+            or answered[2:] not in possible
         ):
+            classes = "K" if self.num_classes is None else str(self.num_classes)
+            expected = " or ".join(f"({', '.join([str(len(images)), classes, *map(str, one)])})" for one in possible)
             raise InvalidAnswer(
-                f"the victim answered scores of shape {tuple(scores.shape)} for {count} images; "
-                f"expected ({count}, {expected})"
+                f"the victim answered scores of shape {answered} for {len(images)} images; expected {expected}"
             )
         if not torch.isfinite(scores).all():
             raise InvalidAnswer("the victim answered scores that are not finite (NaN or infinity)")
@@ -156,6 +162,6 @@ class MeteredVictim:
 
 
 def is_distribution(scores: Tensor) -> bool:
-    """Whether (N, K) scores are probabilities, also such as were rounded to two digits; logits are far outside."""
+    """Whether (N, K, ...) scores are probabilities, also such as were rounded to two digits; logits are far outside."""
     tolerance = min(_ROUNDED_BY * scores.shape[1], _LARGEST_TOLERANCE) + 1e-3
     return bool((scores >= 0).all() and ((scores.sum(1) - 1).abs() <= tolerance).all())

@@ -37,22 +37,22 @@ class VotingVictim:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Answers (N, K) float32 shares, each row summing to 1, for (N, C, H, W) float32 images in [0, 1].
+        """Answers (N, K) or (N, K, H, W) float32 shares, summing to 1 over K, for (N, C, H, W) images in [0, 1].
 
         Raises:
-            InvalidAnswer: The victim's answer is no (N, K) array of scores.
+            InvalidAnswer: The victim's answer is no array of scores.
         """
         counts = None
         for _ in range(self.queries_per_image):  # one after the other: all copies at once need V times the memory
             noise = torch.randn(images.shape, generator=self._generator).to(images)
             scores = self._victim((images + self._noise * noise).clamp(0, 1))
-            if scores.ndim != 2 or len(scores) != len(images) or (counts is not None and counts.shape != scores.shape):
+            if scores.ndim < 2 or len(scores) != len(images) or (counts is not None and counts.shape != scores.shape):
                 raise InvalidAnswer(
                     f"the victim answered scores of shape {tuple(scores.shape)} for {len(images)} images"
                 )
             if not torch.isfinite(scores).all():
                 raise InvalidAnswer("the victim answered scores that are not finite (NaN or infinity)")
-            chosen = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).float()
+            chosen = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).movedim(-1, 1).float()
             counts = chosen if counts is None else counts + chosen
         assert counts is not None  # there is at least one vote
         return (counts + 0.5) / (self.queries_per_image + counts.shape[1] / 2)

@@ -109,6 +109,7 @@ def meet_again(
     labels: list[str],
     kind: ScoreKind,
     rounding: float | None,
+    positions: tuple[int, ...],
     image: Tensor,
 ) -> None:
     """Goes on with a victim that an interrupted run has probed; one query, none where the budget is spent.
@@ -119,6 +120,7 @@ def meet_again(
         labels: What the victim called its classes.
         kind: What its scores were.
         rounding: To which decimal unit they were rounded; None: to none.
+        positions: Their axes behind the classes.
         image: (C, H, W) in [0, 1], to ask with.
 
     Raises:
@@ -126,7 +128,7 @@ def meet_again(
         InvalidAnswer: The names do not fit its scores.
         ServiceError: The victim stayed away.
     """
-    victim.kind, victim.rounding, victim.num_classes = kind, rounding, len(labels)
+    victim.kind, victim.rounding, victim.num_classes, victim.positions = kind, rounding, len(labels), positions
     remaining = victim.ledger.remaining
     if (remaining is None or remaining > 0) and _ask_labels(victim, client, image) != labels:
         raise UserError("the victim has other classes than when the run began: is it another model?")

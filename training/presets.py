@@ -17,10 +17,9 @@ _CGE: Final = "--estimator cge --difference central --mu 0.005"
 # Exact gradients bear a larger step than noisy ones; chosen on validation, as all below.
 _FAST: Final = "--learning-rate 3e-4 --schedule cosine --averaging 0.95 --clip 5 --validate-every 60"
 # A surrogate is worth the more the longer it has learned and the slower the denoiser leaves what it has learned.
-_TRUSTED: Final = (
-    "--batch 32 --extra 32 --warm-up-steps 2400 "
-    "--learning-rate 2e-4 --schedule cosine --averaging 0.98 --clip 5 --validate-every 100"
-)
+_SLOW: Final = "--warm-up-steps 2400 --learning-rate 2e-4 --schedule cosine --averaging 0.98 --clip 5"
+_TRUSTED: Final = f"--batch 32 --extra 32 --validate-every 100 {_SLOW}"
+_FOLLOWED: Final = "--estimator surrogate --checked 0"
 _PROJECTED: Final = "--sampling orthonormal --combine projection"
 
 PRESETS: Final[Mapping[str, str]] = MappingProxyType(
@@ -32,7 +31,9 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         "dct": f"{_DS} --subspace dct --rank 64 --rotated 0.25 {_PROJECTED} --directions 4 --batch 128",
         "decoder": f"{_DS} --subspace decoder {_PROJECTED} --directions 4 --batch 128",
         "control-variate": f"{_DS} --batch 32 {_FAST} --control-variate --directions 1 --difference forward",
-        "surrogate": f"{_DS} {_TRUSTED} --validate-every 200 --estimator surrogate --checked 0",
+        "surrogate": f"{_DS} --batch 32 --extra 32 --validate-every 200 {_SLOW} {_FOLLOWED}",
+        # For budgets that hold a few hundred of those steps only: a quarter of the queries a step, and much more time.
+        "surrogate-small": f"{_DS} --batch 8 --extra 56 --validate-every 600 {_SLOW} {_FOLLOWED}",
         "checked": f"{_DS} {_TRUSTED} --estimator surrogate --checked 8",
         "guided": f"{_DS} {_TRUSTED} --guided --directions 1",
         "guided-dct": f"{_DS} {_TRUSTED} --guided --subspace dct --rank 64 --sampling orthonormal --directions 4",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defense.objectives import stability_loss
+from defense.objectives import agreement, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 
@@ -21,8 +21,9 @@ class Validation:
     Attributes:
         step: After how many steps.
         queries: Spent until then.
-        agreement: Share of images on which the victim's answer, behind the sanitizer, is its answer on the clean one.
-        loss: Mean stability loss, in nats.
+        agreement: Share of images on which the victim's answer, behind the sanitizer, is its answer on the clean one;
+            of masks the mean Dice of the two.
+        loss: Mean stability loss.
         reconstruction: Whether the images went through the autoencoder.
     """
 
@@ -41,14 +42,14 @@ class CleanTargets:
     """The victim's argmax on clean images, each asked for once in a run.
 
     Args:
-        victim: The metered black box.
+        victim: The metered black box, probed already.
         images: (N, C, H, W).
         purpose: Of the queries, in the ledger.
         device: Where the images are sent from and the targets wanted.
         on_answers: Called with the images and their scores whenever the victim was asked.
 
     Attributes:
-        known: (N,) int64 on the CPU: the targets, and -1 where the victim was not asked yet.
+        known: (N,) or (N, H, W) int16 on the CPU: the targets, and -1 where the victim was not asked yet.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class CleanTargets:
         device: torch.device,
         on_answers: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        self.known = torch.full((len(images),), _UNKNOWN)
+        assert victim.positions is not None  # probed
+        self.known = torch.full((len(images), *victim.positions), _UNKNOWN, dtype=torch.int16)
         self._victim = victim
         self._images = images
         self._purpose = purpose
@@ -68,19 +70,24 @@ class CleanTargets:
 
     def sample_known(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) indices of images whose targets are known, at random, with replacement."""
-        known = (self.known != _UNKNOWN).nonzero().squeeze(1)
+        known = self._is_known.nonzero().squeeze(1)
         return known[torch.randint(len(known), (count,), generator=generator)] if count else known[:0]
 
     def of(self, index: Tensor) -> Tensor:
-        """The targets of the images at (M,) indices; asks for those that are not known."""
-        missing = index[self.known[index] == _UNKNOWN].unique()
+        """The targets of the images at (M,) indices, (M,) or (M, H, W) int64; asks for those that are not known."""
+        missing = index[~self._is_known[index]].unique()
         for some in missing.split(_CHUNK) if len(missing) else ():
             images = self._images[some].to(self._device)
             scores = self._victim.query(images, self._purpose)
-            self.known[some] = scores.argmax(1).cpu()
+            self.known[some] = scores.argmax(1).to("cpu", torch.int16)
             if self._on_answers is not None:
                 self._on_answers(images, scores)
-        return self.known[index].to(self._device)
+        return self.known[index].to(self._device, torch.int64)
+
+    @property
+    def _is_known(self) -> Tensor:
+        """(N,) whether the image was asked about."""
+        return self.known.flatten(1)[:, 0] != _UNKNOWN if self.known.ndim > 1 else self.known != _UNKNOWN
 
 
 class Validator:
@@ -125,7 +132,7 @@ class Validator:
         return Validation(
             step=step,
             queries=self._victim.ledger.total,
-            agreement=(answers.argmax(1) == targets).float().mean().item(),
+            agreement=agreement(answers.argmax(1), targets).mean().item(),
             loss=stability_loss(answers, targets, kind).mean().item(),
             reconstruction=sanitizer.autoencoder is not None,
         )

@@ -156,7 +156,8 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         else:
             known = checkpoint.state
             labels, mu = known["labels"], known["mu"]
-            meet_again(victim, client, labels, known["kind"], known["rounding"], splits.train.images[0])
+            positions = tuple(known["positions"])
+            meet_again(victim, client, labels, known["kind"], known["rounding"], positions, splits.train.images[0])
         trainer = Trainer(
             sanitizer=start,
             victim=victim,
@@ -171,9 +172,10 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 "labels": labels,
                 "kind": victim.kind,
                 "rounding": victim.rounding,
+                "positions": victim.positions,
                 "mu": mu,
             },
-            student=build_student(arguments, start, len(labels), device),
+            student=build_student(arguments, start, len(labels), victim.positions or (), device),
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)

@@ -38,12 +38,14 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument(
         "--estimator",
-        choices=("rge", "cge", "surrogate", "exact"),
+        choices=("rge", "cge", "local", "surrogate", "exact"),
         default="rge",
-        help="rge: random directions, the default; cge: coordinates; surrogate: the gradient of a student of the "
+        help="rge: random directions, the default; cge: coordinates; local: random directions, each judged at every "
+        "pixel by the answers around it, for a victim that answers masks; surrogate: the gradient of a student of the "
         "victim's answers; exact: automatic differentiation, for an open model in process",
     )
-    method.add_argument("--directions", type=cli.positive_int, default=20, help="q of RGE (default 20)")
+    method.add_argument("--directions", type=cli.positive_int, default=20, help="q of RGE and local (default 20)")
+    method.add_argument("--window", type=cli.positive_int, default=9, help="side in pixels, odd, of local (default 9)")
     method.add_argument("--sampling", choices=get_args(Sampling), default="sphere", help="RGE's directions")
     method.add_argument(
         "--subspace",

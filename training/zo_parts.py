@@ -26,6 +26,7 @@ from defense.estimators import (
     FixedSpan,
     Guided,
     Isotropic,
+    LocalGradientEstimator,
     RandomGradientEstimator,
     Subspace,
     SurrogateGradient,
@@ -44,7 +45,7 @@ from training.zo_options import AUTO
 from training.zo_settings import FitSettings
 
 _LARGEST_WARM_UP = 20_000  # queries, unless told: the others are asked where the sanitizer is by then
-_OF_RGE = ("directions", "sampling", "subspace", "guided", "control_variate", "combine")
+_OF_RGE = ("sampling", "subspace", "guided", "control_variate", "combine")
 _OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "slope_weight", "keep_surrogate")
 
 
@@ -60,6 +61,8 @@ def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentP
     subspace = arguments.subspace in ("dct", "components", "surrogate")
     applies = {
         **dict.fromkeys(_OF_RGE, (rge, "--estimator rge")),
+        "directions": (rge or arguments.estimator == "local", "--estimator rge or local"),
+        "window": (arguments.estimator == "local", "--estimator local"),
         **dict.fromkeys(("rank", "rotated"), (rge and subspace, "a --subspace of that kind")),
         **dict.fromkeys(_OF_THE_SURROGATE, (surrogate, "a method with a surrogate")),
         "extra": (rge or arguments.estimator == "surrogate", "--estimator rge or surrogate"),
@@ -129,6 +132,13 @@ def _estimator_of_batch(
     match arguments.estimator:
         case "cge":
             return CoordinateGradientEstimator(mu, difference)
+        case "local":
+            if sanitizer.autoencoder is not None and len(sanitizer.autoencoder.code_shape) != 3:
+                raise cli.UserError("--estimator local needs a border with cells: --sanitizer denoiser, or a conv code")
+            try:
+                return LocalGradientEstimator(arguments.directions, mu, arguments.window)
+            except ValueError as error:
+                raise cli.UserError(f"--window: {error}") from error
         case "surrogate":
             if 0 < min(arguments.checked, arguments.batch) < arguments.checked:
                 raise cli.UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
@@ -253,11 +263,31 @@ def metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace
 
 
 def build_student(
-    arguments: argparse.Namespace, sanitizer: Sanitizer, classes: int, device: torch.device
+    arguments: argparse.Namespace,
+    sanitizer: Sanitizer,
+    classes: int,
+    positions: tuple[int, ...],
+    device: torch.device,
 ) -> Student | None:
-    """The surrogate, where the method uses one."""
+    """The surrogate, where the method uses one.
+
+    Args:
+        arguments: Those of `add_zo_arguments`.
+        sanitizer: What will be trained.
+        classes: K of the victim.
+        positions: The axes of its answers behind the classes.
+        device: Where the surrogate learns.
+
+    Raises:
+        UserError: The method does not fit what the victim answers.
+    """
+    if arguments.estimator == "local" and not positions:
+        raise cli.UserError("--estimator local needs a victim that answers masks; this one answers classes: use rge")
     if not uses_surrogate(arguments):
         return None
     shape = sanitizer.config.input.dimensions
-    surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device)
+    try:
+        surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
+    except ValueError as error:
+        raise cli.UserError(f"--slope-weight: {error}") from error
     return Student(surrogate, arguments.out)

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.errors import BudgetExhausted, DefenseError
 from defense.estimators import Estimator, Loss
-from defense.objectives import denoising_loss, inject_gradient, stability_loss
+from defense.objectives import denoising_loss, inject_gradient, located_loss, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from training.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore_optimizer, state_copy, under
@@ -257,22 +257,31 @@ class Trainer:
         kind = self.victim.kind
         assert kind is not None  # probed
 
-        def black_box(points: Tensor, owners: Tensor) -> Tensor:
-            seen, answers = [], []
+        def answers(points: Tensor, owners: Tensor) -> Tensor:
+            seen, answered = [], []
             for chunk in points.split(_CHUNK):
                 images = self.sanitizer.decode(chunk)
-                answers.append(self.victim.query(images, "training"))
+                answered.append(self.victim.query(images, "training"))
                 if self.student is not None:
                     seen.append(images)
-            scores = torch.cat(answers)
+            scores = torch.cat(answered)
             if self.student is not None:
                 self.student.watch(z, points, owners, torch.cat(seen), scores, kind)
-            return stability_loss(scores, targets[owners], kind)
+            return scores
 
-        if self.student is None:
-            return Loss(black_box)
-        surrogate = self.student.surrogate
-        return Loss(black_box, lambda points: surrogate.loss(self.sanitizer.decode(points), targets[: len(points)]))
+        def black_box(points: Tensor, owners: Tensor) -> Tensor:
+            return stability_loss(answers(points, owners), targets[owners], kind)
+
+        def located(points: Tensor, owners: Tensor) -> Tensor:
+            scores = answers(points, owners)
+            return located_loss(scores, targets[owners], kind, around=scores[owners])
+
+        def surrogate(points: Tensor) -> Tensor:
+            assert self.student is not None
+            return self.student.surrogate.loss(self.sanitizer.decode(points), targets[: len(points)])
+
+        known = None if self.student is None else surrogate
+        return Loss(black_box, known, located if targets.ndim > 1 else None)
 
     def _noisy(self, clean: Tensor) -> Tensor:
         return clean + self.settings.sigma * torch.randn(clean.shape, generator=self._generator).to(clean.device)

@@ -13,6 +13,7 @@ from defense.estimators.control import FEWEST_TERMS, ControlVariate, Extrapolati
 from defense.estimators.coordinate import CoordinateGradientEstimator
 from defense.estimators.directions import Basis, Directions, Guided, Isotropic, Sampling, Subspace, sample_directions
 from defense.estimators.exact import ExactGradient
+from defense.estimators.local import LocalGradientEstimator
 from defense.estimators.random import Combination, RandomGradientEstimator
 from defense.estimators.slopes import Difference
 from defense.estimators.subspaces import DecoderTangents, FixedSpan, SurrogateSpan, low_frequencies
@@ -33,6 +34,7 @@ __all__ = [
     "FixedSpan",
     "Guided",
     "Isotropic",
+    "LocalGradientEstimator",
     "Loss",
     "RandomGradientEstimator",
     "Sampling",

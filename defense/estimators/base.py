@@ -19,10 +19,14 @@ class Loss:
             costs one victim query.
         surrogate: (N, *shape) points, of the first N images, -> (N,) losses of a model of the black box that costs no
             query and can be differentiated; None where there is none.
+        located: As `black_box`, but -> (M, H, W) losses that sum to it, each at the pixel that it is from; None where
+            the black box does not answer for every pixel. The first N points are one of each image, in order; around
+            their answers what is no sum of pixels is linearised.
     """
 
     black_box: Callable[[Tensor, Tensor], Tensor]
     surrogate: Callable[[Tensor], Tensor] | None = None
+    located: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def surrogate_gradient(self, z: Tensor) -> Tensor:
         """(N, *shape) gradient of each image's surrogate loss at its point.

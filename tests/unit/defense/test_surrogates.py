@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from defense.surrogates import Answers, StudentNetwork, Surrogate, SurrogateSettings
+from defense.objectives import stability_loss
+from defense.student_networks import DenseStudentNetwork, StudentNetwork
+from defense.surrogates import Answers, Surrogate, SurrogateSettings
 
 SHAPE = (1, 16, 16)
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ def surrogate(**settings) -> Surrogate:
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 16, 24), (1, 64, 64), (3, 32, 200)])
 def test_the_student_takes_images_of_any_shape(shape):
     assert StudentNetwork(shape, 5)(torch.rand(2, *shape)).shape == (2, 5)
+    assert DenseStudentNetwork(shape, 3)(torch.rand(2, *shape)).shape == (2, 3, *shape[1:])
 
 
 def test_answers_are_kept_in_order_however_many():
@@ -117,3 +120,30 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
         student.learn(3)
     for mine, theirs in zip(first.network.state_dict().values(), second.network.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def segmenter(batch: Tensor) -> Tensor:
+    """What is brighter than its surroundings."""
+    around = torch.nn.functional.avg_pool2d(batch, 5, stride=1, padding=2)
+    inside = (20 * (torch.nn.functional.avg_pool2d(batch, 3, stride=1, padding=1) - around)).sigmoid()
+    return torch.cat([1 - inside, inside], dim=1)
+
+
+def test_the_student_of_a_segmenter_learns_its_masks_and_their_gradient():
+    student = Surrogate(SHAPE, 2, SurrogateSettings(), seed=0, device=CPU, positions=SHAPE[1:])
+    seen = images(600)
+    student.observe(seen, segmenter(seen), "probabilities")
+    assert student.values.rows()["answers"].dtype == torch.uint8
+    before = student.learn(1, from_scratch=True)
+    assert student.learn(120, from_scratch=True) < 0.3 * before
+    new = images(16, seed=1)
+    targets = segmenter(new + 0.2 * torch.randn(new.shape, generator=torch.Generator().manual_seed(3))).argmax(1)
+    points = new.requires_grad_(True)
+    (learned,) = torch.autograd.grad(student.loss(points, targets).sum(), points)
+    (true,) = torch.autograd.grad(stability_loss(segmenter(points), targets, "probabilities").sum(), points)
+    assert torch.nn.functional.cosine_similarity(learned.flatten(1), true.flatten(1)).median() > 0.5
+
+
+def test_slopes_of_masks_are_refused():
+    with pytest.raises(ValueError, match="from classifiers only"):
+        Surrogate(SHAPE, 2, SurrogateSettings(slope_weight=0.1), seed=0, device=CPU, positions=SHAPE[1:])

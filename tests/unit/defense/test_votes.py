@@ -78,9 +78,7 @@ def test_impossible_votes_are_refused(arguments):
         VotingVictim(Labels(), seed=0, **arguments)
 
 
-@pytest.mark.parametrize(
-    "answer", [torch.zeros(2), torch.zeros(3, 2), torch.full((2, 2), float("nan")), torch.zeros(2, 2, 2)]
-)
+@pytest.mark.parametrize("answer", [torch.zeros(2), torch.zeros(3, 2), torch.full((2, 2), float("nan"))])
 def test_nonsense_is_refused(answer):
     with pytest.raises(InvalidAnswer):
         VotingVictim(lambda _: answer, votes=2, noise=0.1, seed=0)(images(0.1, 0.2))

@@ -21,7 +21,7 @@ def fit(endpoint, pretrained, tmp_path, monkeypatch):
     def run(*arguments: str, out: str = "out") -> int:
         common = ["--victim-url", "http://victim", "--pretrained", str(pretrained), "--batch", "4"]
         quick = ["--validate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
-        if "--estimator" not in arguments:  # all others take no random directions
+        if "--estimator" not in arguments and "--directions" not in arguments:  # others take none
             quick += ["--directions", "3"]
         return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
 
