@@ -6,18 +6,21 @@ multi-picture JPEG the first. Transparent pixels are laid over black.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from services.protocol.errors import InvalidInput, TooLarge, UnsupportedMedia
+from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
 MAX_PIXELS = 40_000_000
 """Default bound on width times height: decoded as RGB, 120 MB."""
 
 _FORMATS = ("PNG", "JPEG")
 _ALPHA_MODES = ("LA", "PA", "La", "RGBA", "RGBa")
+_ON_ITS_SIDE = (5, 6, 7, 8)  # the orientations that swap height and width
 
 # Pillow only warns about the lesser bombs. Set for the whole process, because `catch_warnings` is not thread-safe.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -45,32 +48,71 @@ def decode_image(
         TooLarge: more pixels than allowed.
         UnsupportedMedia: neither PNG nor JPEG.
     """
+    return decode_sized(data, channels=channels, size=size, max_pixels=max_pixels)[0]
+
+
+def decode_sized(
+    data: bytes, *, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
+    """`decode_image`, and the (height, width) that the image has itself, its orientation tag obeyed."""
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    with opened(data, max_pixels=max_pixels) as image:
+        return _to_array(image, channels, size)
+
+
+@contextmanager
+def opened(
+    data: bytes, *, what: str = "the image", formats: tuple[str, ...] = _FORMATS, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Opens an image file; whatever fails inside the context is a fault of the file.
+
+    Args:
+        data: the whole file.
+        what: names it in messages.
+        formats: Pillow's names of the formats allowed.
+        max_pixels: largest width times height accepted; checked in the header, before anything is decoded.
+
+    Raises:
+        InvalidInput: the data is empty or damaged.
+        TooLarge: more pixels than allowed.
+        UnsupportedMedia: none of the formats.
+    """
     if not data:
-        raise InvalidInput("the image is empty")
+        raise InvalidInput(f"{what} is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > max_pixels:
-                raise TooLarge(f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
-            return _to_array(image, channels, size)
-    except TooLarge:
+                raise TooLarge(f"{what} has {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
+            yield image
+    except ServiceError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise TooLarge(f"the image has more than the {max_pixels} pixels allowed") from error
+        raise TooLarge(f"{what} has more than the {max_pixels} pixels allowed") from error
     except UnidentifiedImageError as error:
-        raise UnsupportedMedia("the image is neither PNG nor JPEG, or its header is damaged") from error
+        none = f"neither {' nor '.join(formats)}" if len(formats) > 1 else f"no {formats[0]}"
+        raise UnsupportedMedia(f"{what} is {none}, or its header is damaged") from error
     except Exception as error:  # on damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, and more
-        raise InvalidInput(f"the image cannot be decoded: {error}") from error
+        raise InvalidInput(f"{what} cannot be decoded: {error}") from error
 
 
-def _to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Decodes, orients, converts and resizes an opened image."""
+def _to_array(
+    image: Image.Image, channels: int, size: tuple[int, int]
+) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
+    """Decodes, orients, converts and resizes an opened image; with its own (height, width) once oriented."""
+    own = (image.height, image.width)
     # JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. Twice the wanted size is kept for the
     # antialiasing; the box is square, because the orientation tag may swap the sides.
     box = 2 * max(size)
     image.draft("L" if channels == 1 else None, (box, box))
+    image.load()  # a PNG's orientation may stand behind its pixels
+    if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE:
+        own = own[::-1]
     ImageOps.exif_transpose(image, in_place=True)
+    return _scaled(image, channels, size), own
+
+
+def _scaled(image: Image.Image, channels: int, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     height, width = size
     if image.mode.startswith("I"):  # 16-bit grey
         deep = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from services.protocol.errors import InvalidInput, TooLarge, UnsupportedMedia
-from services.protocol.images import decode_image, encode_png
+from services.protocol.images import decode_image, decode_sized, encode_png
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -103,6 +103,29 @@ def test_the_orientation_tag_is_obeyed() -> None:
         decoded = decode_image(saved(picture, kind, exif=exif), channels=1, size=(64, 32))
         assert decoded[0, :28].min() > 0.9
         assert decoded[0, 36:].max() < 0.1
+
+
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_knows_its_own_size_as_it_is_shown(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.new("RGB", (1200, 803)), kind, exif=exif)
+    decoded, own = decode_sized(data, channels=1, size=(16, 24))  # so small that a JPEG is decoded at 1/8
+    assert decoded.shape == (1, 16, 24)
+    assert own == ((1200, 803) if orientation >= 5 else (803, 1200))
+    assert decode_sized(saved(Image.new("L", (7, 5)), kind), channels=3, size=(16, 24))[1] == (5, 7)
+
+
+def test_an_orientation_behind_the_pixels_is_obeyed() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.new("L", (6, 2)), exif=exif)
+    begin = data.index(b"eXIf") - 4
+    end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+    last = data.index(b"IEND") - 4
+    behind = data[:begin] + data[end:last] + data[begin:end] + data[last:]
+    assert decode_sized(behind, channels=1, size=(4, 4))[1] == (6, 2)
 
 
 @pytest.mark.parametrize("size", [(1, 500), (500, 1)])
