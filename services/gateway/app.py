@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,7 +17,7 @@ from services.batching import Admission, Array, Batcher
 from services.device import resolve_device
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
-from services.protocol.calls import Call, Signature, answer, read_call
+from services.protocol.calls import RESPONSES, Call, Signature, answer, read_call
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
@@ -112,6 +113,7 @@ def make_gateway(
     )
     admission = Admission(settings.max_queue)
     learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
+    learned_shape: tuple[int, ...] = ()  # of the scores for one image: (K), or (K,H,W)
     learning = asyncio.Lock()
 
     @asynccontextmanager
@@ -138,19 +140,37 @@ def make_gateway(
                 learned_labels[classes] = [str(name) for name in names]
             return learned_labels[classes]
 
+    async def ask(images: Array) -> tuple[Array, Array]:
+        """The sanitized images, and the victim's scores for them."""
+        nonlocal learned_shape
+        sanitized = await batcher(images)
+        with _retold():
+            scores = await victim.infer(sanitized)
+        if labels and scores.shape[1] != len(labels):
+            raise UpstreamInvalid(f"the model answers {scores.shape[1]} scores; the artifact has {len(labels)} labels")
+        learned_shape = scores.shape[1:]
+        return sanitized, scores
+
+    async def scores_shape() -> tuple[int, ...]:
+        """What the victim answers to one image; if none was sent so far, it is asked about a grey one, once.
+
+        Neither the artifact nor a victim's URL says whether the victim scores images or pixels, and the protocol knows
+        no shape that leaves the number of axes open.
+        """
+        async with learning:
+            if not learned_shape:
+                with admission.admit(1):
+                    await ask(np.full((1, *shape), 0.5, np.float32))
+            return learned_shape
+
     async def defend(call: Call) -> Response:
         with admission.admit(len(call.images)):
-            sanitized = await batcher(call.images)
-            with _retold():
-                scores = await victim.infer(sanitized)
-            classes = scores.shape[1]
-            if labels and classes != len(labels):
-                raise UpstreamInvalid(f"the model answers {classes} scores; the artifact has {len(labels)} labels")
+            sanitized, scores = await ask(call.images)
             if labels or call.form != "image":
-                return answer(call, scores, signature)
+                return await answer(call, scores, signature)
             with _retold():
-                names = await victims_labels(sanitized[0], classes)
-        return answer(call, scores, replace(signature, labels=names))
+                names = await victims_labels(sanitized[0], scores.shape[1])
+            return await answer(call, scores, replace(signature, labels=names))
 
     def check_model(name: str, version: str) -> None:
         if name != settings.model_name:
@@ -162,9 +182,9 @@ def make_gateway(
         if not await victim.ready():
             raise Unavailable("the model behind the gateway is not ready")
 
-    @app.post("/predict")
+    @app.post("/predict", responses=RESPONSES)
     async def predict(request: Request) -> Response:
-        """Scores for an image (multipart field `file`, or its bytes as image/*), or for a batch as OIP tensors."""
+        """Scores, or a mask, for an image (multipart field `file`, or its bytes as image/*); scores for OIP tensors."""
         return await defend(await read_call(request, shape, max_body_bytes=settings.max_body_bytes))
 
     @app.post("/v2/models/{name}/infer")
@@ -201,7 +221,7 @@ def make_gateway(
                 "versions": [VERSION],
                 "platform": "zo-gateway",
                 "inputs": [{"name": oip.INPUT, "datatype": "FP32", "shape": [-1, *shape]}],
-                "outputs": [{"name": oip.OUTPUT, "datatype": "FP32", "shape": [-1, len(labels) or -1]}],
+                "outputs": [{"name": oip.OUTPUT, "datatype": "FP32", "shape": [-1, *await scores_shape()]}],
                 "parameters": dict(signature.parameters),
             }
         )

@@ -14,7 +14,7 @@ from services.batching import Admission, Batcher
 from services.device import resolve_device
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
-from services.protocol.calls import Signature, answer, read_call
+from services.protocol.calls import RESPONSES, Signature, answer, read_call
 from services.protocol.http import make_app
 
 
@@ -22,7 +22,7 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
     """The application around a model.
 
     Args:
-        model: in eval mode; maps (N,C,H,W) in [0,1] to logits (N,K).
+        model: in eval mode; maps (N,C,H,W) in [0,1] to logits (N,K), or (N,K,H,W) if it segments.
         config: the model's shape and labels.
         settings: the service's settings.
 
@@ -50,13 +50,12 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
 
     app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
-    @app.post("/predict")
+    @app.post("/predict", responses=RESPONSES)
     async def predict(request: Request) -> Response:
-        """Scores for an image (multipart field `file`, or its bytes as image/*), or for a batch as OIP tensors."""
+        """Scores, or a mask, for an image (multipart field `file`, or its bytes as image/*); scores for OIP tensors."""
         call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
         with admission.admit(len(call.images)):
-            scores = await batcher(call.images)
-        return answer(call, scores, signature)
+            return await answer(call, await batcher(call.images), signature)
 
     @app.get("/v2/health/live")
     async def live() -> JSONResponse:

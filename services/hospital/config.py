@@ -9,7 +9,7 @@ from services.runtime import ServiceSettings
 
 
 class HospitalSettings(ServiceSettings):
-    """Serves a classifier as a black box: POST /predict and health, nothing else.
+    """Serves a classifier or a segmenter as a black box: POST /predict and health, nothing else.
 
     Flags may also be given as environment variables: HOSPITAL_MODEL, HOSPITAL_PORT and so on.
     """

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from services.protocol import oip, uploads
 from services.protocol.errors import (
     TRANSIENT,
-    ServiceError,
     Unavailable,
     UpstreamInvalid,
     UpstreamTimeout,
@@ -22,6 +21,7 @@ from services.protocol.errors import (
 )
 from services.protocol.images import encode_png
 from services.protocol.replicas import Replica
+from services.protocol.scores import read_scores
 
 CONNECT_TIMEOUT_S = 5.0
 """How long a replica is given at most to take a connection, and to tell its health."""
@@ -100,11 +100,12 @@ class AsyncVictimClient:
             images: (N,C,H,W), N at least 1.
 
         Returns:
-            (N,K) float32, finite, in the order of the images, exactly as the victim sent them.
+            (N,K), or (N,K,H,W) from a segmenter; float32, finite, in the order of the images, exactly as the victim
+            sent them. Only a segmenter's single plane of probabilities p is completed, to (1 - p, p).
 
         Raises:
             ServiceError: the victim refused, failed or could not be reached, by class; 4xx carry its own words.
-            UpstreamInvalid: it answered something that is no (N,K) array of finite numbers.
+            UpstreamInvalid: it answered something else than finite scores of such a shape.
         """
         if images.ndim != 4 or not len(images):
             raise ValueError(f"expected images of shape (N,C,H,W) with N at least 1, got {images.shape}")
@@ -119,15 +120,18 @@ class AsyncVictimClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
-        if len({answer.shape[1] for answer in answers}) > 1:
-            raise UpstreamInvalid("the victim changed its number of classes between two requests")
+        if len({answer.shape[1:] for answer in answers}) > 1:
+            raise UpstreamInvalid(
+                "the victim changed its number of classes, or whether it scores images or pixels, between two requests"
+            )
         return np.concatenate(answers)
 
     async def describe(self, image: npt.NDArray[np.float32]) -> dict[str, object]:
         """The victim's JSON answer on one image (C,H,W), which travels as an 8-bit PNG.
 
         Returns:
-            at least `label` (str) and `labels` (list of K str); `probabilities` (list of K float) where it has any.
+            at least `labels` (list of K str), and `label` (str) or, from a segmenter, `mask` (a PNG in base64);
+            `probabilities` (list of K float) where it has any.
         """
         async with self._slots:
             body, headers = encode_png(image), {"Content-Type": "image/png"}
@@ -138,8 +142,8 @@ class AsyncVictimClient:
             answer = response.json()
         except ValueError as error:
             raise UpstreamInvalid(f"the victim's answer is no JSON: {error}") from error
-        if not isinstance(answer, dict) or not {"label", "labels"} <= answer.keys():
-            raise UpstreamInvalid("the victim's answer has no label and labels")
+        if not isinstance(answer, dict) or "labels" not in answer or not answer.keys() & {"label", "mask"}:
+            raise UpstreamInvalid("the victim's answer has no labels, or neither a label nor a mask")
         return answer
 
     async def ready(self) -> bool:
@@ -164,28 +168,14 @@ class AsyncVictimClient:
         async with self._slots:  # also around the encoding, or every request of a large call would be in memory at once
             body, headers = oip.encode_request([oip.Tensor(oip.INPUT, images)])
             response = await self._post(body, headers, count=len(images))
-        try:
-            outputs = oip.decode_response(response.content, oip.header_length(response.headers.get(oip.HEADER)))
-        except ServiceError as error:
-            raise UpstreamInvalid(f"the victim's answer is malformed: {error.message}") from error
-        name = oip.OUTPUT if len(outputs) > 1 else next(iter(outputs))  # an only output may have any name
-        if name not in outputs:
-            raise UpstreamInvalid(f"the victim's answer has no output {name!r}, but {', '.join(map(repr, outputs))}")
-        scores = outputs[name]
-        if scores.ndim != 2 or len(scores) != len(images) or not scores.shape[1]:
-            raise UpstreamInvalid(f"the victim answered {len(images)} images with scores of shape {scores.shape}")
-        with np.errstate(over="ignore"):
-            scores = scores.astype(np.float32)
-        if not np.isfinite(scores).all():
-            raise UpstreamInvalid("the victim answered scores that are not finite")
-        return scores
+        return read_scores(response.content, response.headers.get(oip.HEADER), images.shape)
 
     async def _infer_image(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The same for a single image, as an upload; (1,K)."""
+        """The same for a single image, as an upload."""
         async with self._slots:
             body, headers = uploads.encode_upload(images[0])
             response = await self._post(body, headers, count=1)
-        told = uploads.read_told(response.content)
+        told = uploads.read_told(response.content, size=(images.shape[2], images.shape[3]))
         if told.labels is not None:
             self._labels = self._labels or told.labels
             if told.labels != self._labels:

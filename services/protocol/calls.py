@@ -1,8 +1,10 @@
 """From an HTTP request to the images in it, and from scores to the answer in the form in which the question came."""
 
+import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import anyio.to_thread
 import numpy as np
@@ -14,14 +16,29 @@ from starlette.requests import ClientDisconnect
 
 from services.protocol import oip
 from services.protocol.errors import InvalidInput, UnsupportedMedia
-from services.protocol.images import decode_image
+from services.protocol.images import decode_sized
 from services.protocol.limits import inflate
+from services.protocol.masks import class_map, encode_mask
 
 _FORM_TYPE = "multipart/form-data"
 _FIELD = "file"
 # None: tritonclient's synchronous client sends no type at all. The last one: what `curl -d` says unasked.
 _TENSOR_TYPES = (None, oip.JSON_TYPE, oip.BINARY_TYPE, "application/x-www-form-urlencoded")
 _LEVELS = {"UINT8": 255, "UINT16": 65535}
+_MASK_TYPE = "image/png"
+
+RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": (
+            "To an image: JSON, with `label`, `labels` and `probabilities` from a classifier, or `labels`, "
+            "`lesion_fraction` and `mask` (base64 PNG, as large as the image) from a segmenter; with "
+            "`Accept: image/png`, a segmenter's mask itself. To tensors: scores (N,K), or (N,K,H,W) from a segmenter, "
+            "by the Open Inference Protocol, in JSON or binary."
+        ),
+        "content": {oip.JSON_TYPE: {}, oip.BINARY_TYPE: {}, _MASK_TYPE: {}},
+    }
+}
+"""What `answer` says, for the OpenAPI document."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +50,15 @@ class Call:
         form: how it came and how to answer it: "image" (JSON for people), or as a tensor, to be answered in "json" or
             "binary".
         id: what the client calls this request.
+        size: (height, width) of the image as it was uploaded, its orientation tag obeyed; None for tensors.
+        wants_png: whether a mask is asked for as the PNG itself.
     """
 
     images: npt.NDArray[np.float32]
     form: Literal["image", "json", "binary"]
     id: str | None = None
+    size: tuple[int, int] | None = None
+    wants_png: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,17 +102,18 @@ async def read_call(
     is_image = media == _FORM_TYPE or (media or "").startswith("image/")
     if not (media in _TENSOR_TYPES or (is_image and not tensors_only)):
         raise UnsupportedMedia(f"media type {(media or '')[:80]!r} is not supported at this path")
+    wants_png = _prefers_png(",".join(request.headers.getlist("Accept")))
     if media == _FORM_TYPE:
         if encoding is not None:
             raise UnsupportedMedia("multipart bodies must not be compressed")
-        return await anyio.to_thread.run_sync(_image_call, await _uploaded(request), shape)
+        return await anyio.to_thread.run_sync(_image_call, await _uploaded(request), shape, wants_png)
     try:
         body = await request.body()
     except ClientDisconnect as error:
         raise InvalidInput("the connection ended before the body did") from error
     if is_image:
         return await anyio.to_thread.run_sync(
-            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape)
+            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png)
         )
     json_length = oip.header_length(request.headers.get(oip.HEADER))
     return await anyio.to_thread.run_sync(
@@ -99,16 +121,18 @@ async def read_call(
     )
 
 
-def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
     """The answer to a call, in the call's own form.
 
     Args:
         call: what was asked.
-        scores: (N,K), finite.
+        scores: (N,K), or (N,K,H,W) from a segmenter; finite. An image is answered with a mask of its own size then.
         signature: who answers.
     """
     headers = dict(signature.headers)
     if call.form == "image":
+        if scores.ndim == 4:
+            return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
         told = {
             "label": signature.labels[int(scores[0].argmax())],
             "labels": list(signature.labels),
@@ -137,9 +161,41 @@ async def _uploaded(request: Request) -> bytes:
         raise InvalidInput("the connection ended before the body did") from error
 
 
-def _image_call(data: bytes, shape: tuple[int, int, int]) -> Call:
+def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+    """The answer to an image with the scores (K,h,w) of its pixels."""
+    assert call.size is not None  # it came as an image
+    classes = class_map(scores, call.size)
+    png = encode_mask(classes, len(scores))
+    headers = dict(signature.headers)
+    if call.wants_png:
+        return Response(png, headers=headers, media_type=_MASK_TYPE)
+    told = {
+        "labels": list(signature.labels),
+        "lesion_fraction": np.count_nonzero(classes) / classes.size,
+        "mask": base64.b64encode(png).decode(),
+    }
+    return JSONResponse({**told, **signature.extra}, headers=headers)
+
+
+def _prefers_png(accept: str) -> bool:
+    """Whether a PNG is more welcome than JSON, by the weights in an Accept header (RFC 9110, section 12.5.1)."""
+    weights: dict[str, float] = {}
+    for entry in accept.lower().split(","):
+        media, *parameters = (part.strip() for part in entry.split(";"))
+        weight = next((one for one in parameters if re.fullmatch(r"q=(0(\.\d{0,3})?|1(\.0{0,3})?)", one)), "q=1")
+        weights[media] = float(weight[2:])
+
+    def weight_of(media: str) -> float:
+        ranges = (media, f"{media.partition('/')[0]}/*", "*/*")  # the most specific one counts
+        return next((weights[one] for one in ranges if one in weights), 0.0)
+
+    return weight_of(_MASK_TYPE) > weight_of(oip.JSON_TYPE)
+
+
+def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool) -> Call:
     channels, height, width = shape
-    return Call(decode_image(data, channels=channels, size=(height, width))[None], "image")
+    image, size = decode_sized(data, channels=channels, size=(height, width))
+    return Call(image[None], "image", size=size, wants_png=wants_png)
 
 
 def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, int]) -> Call:

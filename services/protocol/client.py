@@ -57,7 +57,7 @@ class HTTPVictim:
             images: (N,C,H,W), on any device.
 
         Returns:
-            (N,K) float32, finite, on the device of the images, without a gradient.
+            (N,K), or (N,K,H,W) from a segmenter; float32, finite, on the device of the images, without a gradient.
 
         Raises:
             ServiceError: as `AsyncVictimClient.infer`.

@@ -25,7 +25,7 @@ INPUT = "images"
 """The name that this project gives to its only input (N,C,H,W)."""
 
 OUTPUT = "probabilities"
-"""The name that this project gives to its only output (N,K)."""
+"""The name that this project gives to its only output (N,K), or (N,K,H,W) of a segmenter."""
 
 JSON_TYPE = "application/json"
 BINARY_TYPE = "application/octet-stream"

@@ -1,11 +1,13 @@
 """The form in which people ask: one image a request, as a file of a form, and an answer in JSON.
 
     POST /predict, multipart/form-data, field `file` → {"label", "labels", "probabilities"}
+                                                     → {"labels", "mask"} from a segmenter
 
 This is what many models that are served already speak, and all that some do. 8 bits a pixel travel, and perhaps nothing
-but a label comes back.
+but a label, or each pixel's class, comes back.
 """
 
+import base64
 import json
 import secrets
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from services.protocol.errors import UpstreamInvalid
+from services.protocol.errors import ServiceError, UpstreamInvalid
 from services.protocol.images import encode_png
+from services.protocol.masks import decode_mask
 
 FIELD = "file"
 """The form's field with the image."""
@@ -28,7 +31,8 @@ class Told:
     """An answer to one image.
 
     Attributes:
-        scores: (K,) float32, finite; one-hot where the answer had a label and no probabilities.
+        scores: (K,) float32, finite; one-hot where the answer had a label and no probabilities. (K,H,W), one-hot at
+            every pixel, where it had a mask.
         labels: Names of the K classes, in the order of the scores; None where the answer did not name them.
     """
 
@@ -49,11 +53,15 @@ def encode_upload(image: npt.NDArray[np.floating]) -> tuple[bytes, dict[str, str
     return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
-def read_told(content: bytes) -> Told:
+def read_told(content: bytes, *, size: tuple[int, int]) -> Told:
     """Reads the JSON answer to one image.
 
-    `probabilities` are taken where there are any, in the order of `labels`; else `label` is, as a one-hot vector, whose
-    classes `labels` has to name.
+    `probabilities` are taken where there are any, in the order of `labels`; else `mask` is, or else `label`, as one-hot
+    vectors, whose classes `labels` has to name.
+
+    Args:
+        content: the answer's body.
+        size: (height, width) of the image, which a mask has to have too.
 
     Raises:
         UpstreamInvalid: It is no such answer; the message says what is missing.
@@ -70,10 +78,16 @@ def read_told(content: bytes) -> Told:
         if labels is not None and len(labels) != len(scores):
             raise UpstreamInvalid(f"the victim's answer has {len(scores)} probabilities for {len(labels)} labels")
         return Told(scores, labels)
+    if answer.get("mask") is not None:
+        if labels is None:
+            raise UpstreamInvalid(
+                "the victim's answer to an image is a mask whose classes are unknown: let it name them all, in `labels`"
+            )
+        return Told(_one_hot(answer["mask"], len(labels), size), labels)
     label = answer.get("label")
     if not isinstance(label, str):
         found = ", ".join(map(repr, answer))[:_WORDS_LENGTH] or "nothing"
-        raise UpstreamInvalid(f"the victim's answer to an image has no probabilities and no label, but {found}")
+        raise UpstreamInvalid(f"the victim's answer to an image has no probabilities, mask or label, but {found}")
     if labels is None:
         raise UpstreamInvalid(
             f"the victim's answer to an image is the label {label[:_WORDS_LENGTH]!r} alone: without probabilities its "
@@ -92,6 +106,22 @@ def _labels(labels: object) -> tuple[str, ...] | None:
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise UpstreamInvalid("the victim's `labels` are not two or more different names")
     return tuple(labels)
+
+
+def _one_hot(mask: object, count: int, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """The mask's classes as scores (K,H,W)."""
+    if not isinstance(mask, str):
+        raise UpstreamInvalid("the victim's `mask` is no PNG in base64")
+    try:
+        png = base64.b64decode(mask, validate=True)
+    except ValueError as error:
+        raise UpstreamInvalid(f"the victim's `mask` is no base64: {error}") from error
+    try:
+        classes = decode_mask(png, count, size)
+    except ServiceError as error:
+        raise UpstreamInvalid(f"the victim's `mask` cannot be used: {error.message}") from error
+    scores: npt.NDArray[np.float32] = (classes == np.arange(count)[:, None, None]).astype(np.float32)
+    return scores
 
 
 def _numbers(probabilities: object) -> npt.NDArray[np.float32]:

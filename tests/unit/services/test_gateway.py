@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import json
 import random
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
 from services.protocol.images import decode_image, encode_png
+from services.protocol.masks import class_map, decode_mask
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +86,16 @@ def scored(scores: np.ndarray) -> httpx.Response:
     outputs = [(oip.Tensor("probabilities", scores), True)]
     body, headers = oip.encode_response(outputs, model_name="v", model_version="1")
     return httpx.Response(200, content=body, headers=headers)
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """What `segmenting` answers: bright pixels are of class 1."""
+    return np.concatenate([1 - images, images], axis=1).astype(np.float32)
+
+
+def segmenting(request: httpx.Request) -> httpx.Response:
+    images = oip.decode_request(request.content, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
+    return scored(pixels(images))
 
 
 @asynccontextmanager
@@ -156,6 +168,55 @@ async def test_tensors_are_sanitized_forwarded_and_answered_in_their_own_form(pa
         response = await http.post(path, json={"inputs": data})
         assert response.headers["Content-Type"] == "application/json"
         assert np.array_equal(scores_of(response), victim(clean))
+
+
+async def test_an_image_is_answered_with_the_victims_mask_of_its_sanitized_form() -> None:
+    upstream = Upstream(segmenting)
+    png = encode_png(RNG.random((1, 10, 40)))
+    clean = 1 - decode_image(png, channels=1, size=(8, 6))
+    classes = class_map(pixels(clean[None])[0], (10, 40))
+    assert 0 < classes.mean() < 1
+    async with gateway(upstream, labels=("background", "polyp")) as http:
+        for question in ({"files": {"file": png}}, {"content": png, "headers": {"Content-Type": "image/png"}}):
+            response = await http.post("/predict", **question)
+            assert response.status_code == 200, response.text
+            told = response.json()
+            assert set(told) == {"labels", "lesion_fraction", "mask", "artifact"}
+            assert told["labels"] == ["background", "polyp"]
+            assert told["artifact"] == SIGNATURE
+            assert told["lesion_fraction"] == pytest.approx(classes.mean())
+            assert np.array_equal(decode_mask(base64.b64decode(told["mask"]), 2, (10, 40)), classes)
+            question["headers"] = {**question.get("headers", {}), "Accept": "image/png"}
+            other = await http.post("/predict", **question)
+            assert other.headers["Content-Type"] == "image/png"
+            assert other.content == base64.b64decode(told["mask"])
+            for one in (response, other):
+                assert one.headers["X-Artifact-Id"] == "sha256-abc"
+    assert len(upstream.received) == 4
+    for received in upstream.received:
+        assert np.array_equal(received, clean)
+
+
+async def test_scores_of_every_pixel_pass_through_in_the_tensors_own_form() -> None:
+    batch = images(20)
+    async with gateway(Upstream(segmenting), max_batch=8, forward_batch=16) as http:
+        assert np.array_equal(
+            scores_of(await http.post("/predict", **tensor_request(batch))), pixels((1 - batch).clip(0, 1))
+        )
+        data = [{"name": "x", "shape": [20, 1, 8, 6], "datatype": "FP32", "data": batch.tolist()}]
+        response = await http.post("/v2/models/defended/infer", json={"inputs": data})
+        assert response.json()["outputs"][0]["shape"] == [20, 2, 8, 6]
+        assert np.array_equal(scores_of(response), pixels((1 - batch).clip(0, 1)))
+
+
+async def test_a_segmenter_is_asked_for_its_classes_names_once_too() -> None:
+    upstream = Upstream(segmenting)
+    upstream.describes = lambda: httpx.Response(200, json={"labels": ["tissue", "polyp"], "mask": "aaaa"})
+    async with gateway(upstream, labels=()) as http:
+        for _ in range(2):
+            told = (await http.post("/predict", files={"file": WHITE})).json()
+            assert told["labels"] == ["tissue", "polyp"]
+    assert upstream.described == 1
 
 
 SICK: dict[str, Callable[[Tensor], Tensor]] = {
@@ -243,6 +304,8 @@ OUTAGES: dict[str, tuple[Callable[[httpx.Request], httpx.Response], int]] = {
     "garbage": (lambda _: httpx.Response(200, content=b"secret"), 502),
     "nan": (lambda _: scored(np.full((2, 2), np.nan, np.float32)), 502),
     "too few rows": (lambda _: scored(np.ones((1, 2), np.float32)), 502),
+    "pixels of another image": (lambda _: scored(np.ones((2, 2, 6, 8), np.float32)), 502),
+    "pixels with too many labels": (lambda _: scored(np.ones((2, 3, 8, 6), np.float32)), 502),
     "too many labels": (lambda _: scored(np.ones((2, 3), np.float32)), 502),
     "too few labels": (lambda _: scored(np.ones((2, 1), np.float32)), 502),
 }
@@ -310,7 +373,6 @@ async def test_a_victim_without_fitting_labels_is_asked_once_and_classes_are_nam
         for _ in range(3):
             told = (await http.post("/predict", files={"file": WHITE})).json()
             assert (told["label"], told["labels"], told["probabilities"]) == ("1", ["0", "1"], [0, 1])
-        assert (await http.get("/v2/models/defended")).json()["outputs"][0]["shape"] == [-1, -1]
     assert upstream.described == 1
 
 
@@ -337,8 +399,11 @@ async def test_tensor_calls_need_no_labels_and_ask_for_none() -> None:
 
 
 @pytest.mark.parametrize("question", [tensor_request(images(1)), {"files": {"file": WHITE}}])
-async def test_scores_that_do_not_fit_the_artifacts_labels_are_refused_in_every_form(question: dict[str, Any]) -> None:
-    async with gateway(Upstream(), labels=("a", "b", "c")) as http:
+@pytest.mark.parametrize("fails", [None, segmenting])
+async def test_scores_that_do_not_fit_the_artifacts_labels_are_refused_in_every_form(
+    question: dict[str, Any], fails: Any
+) -> None:
+    async with gateway(Upstream(fails), labels=("a", "b", "c")) as http:
         assert_error(await http.post("/predict", **question), 502, "2 scores", "3 labels")
 
 
@@ -364,6 +429,49 @@ async def test_metadata_says_what_the_model_takes_and_answers() -> None:
         for path in ("models/other", "models/defended/versions/7", "models/other/ready", "nothing"):
             assert_error(await http.get(f"/v2/{path}"), 404)
         assert_error(await http.get("/docs"), 404)
+
+
+async def outputs_shape(http: httpx.AsyncClient) -> list[int]:
+    told = (await http.get("/v2/models/defended")).json()
+    shape: list[int] = told["outputs"][0]["shape"]
+    return shape
+
+
+@pytest.mark.parametrize("labels", [("bright", "dark"), ()])
+@pytest.mark.parametrize(("fails", "shape"), [(None, [-1, 2]), (segmenting, [-1, 2, 8, 6])])
+async def test_metadata_tells_the_shape_that_the_victim_has_answered_in(
+    labels: tuple[str, ...], fails: Any, shape: list[int]
+) -> None:
+    upstream = Upstream(fails)
+    async with gateway(upstream, labels=labels) as http:
+        await http.post("/predict", **tensor_request(images(3)))
+        assert await outputs_shape(http) == shape
+    assert upstream.requests == 1
+
+
+async def test_for_metadata_a_victim_that_was_never_asked_is_asked_once_about_one_sanitized_image() -> None:
+    upstream = Upstream(segmenting)
+    async with gateway(upstream, Answers(lambda batch: batch / 2), labels=()) as http:
+        shapes = await asyncio.gather(*(outputs_shape(http) for _ in range(5)))
+    assert shapes == [[-1, 2, 8, 6]] * 5
+    assert [image.tolist() for image in upstream.received] == [np.full((1, 8, 6), 0.25).tolist()]
+
+
+@pytest.mark.parametrize("how", ["429", "503", "refused", "slow", "400", "garbage"])
+async def test_metadata_that_cannot_be_learned_is_not_invented(how: str) -> None:
+    fails, status = OUTAGES[how]
+    upstream = Upstream(fails)
+    async with gateway(upstream) as http:
+        response = await http.get("/v2/models/defended")
+        assert_error(response, status)
+        assert "secret" not in response.text
+        upstream.fails = segmenting
+        assert await outputs_shape(http) == [-1, 2, 8, 6]
+
+
+async def test_metadata_of_scores_that_do_not_fit_the_artifact_are_refused() -> None:
+    async with gateway(Upstream(), labels=("a", "b", "c")) as http:
+        assert_error(await http.get("/v2/models/defended"), 502, "2 scores", "3 labels")
 
 
 async def test_the_model_name_is_a_setting() -> None:

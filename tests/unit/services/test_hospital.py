@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import gzip
 import json
 import zlib
@@ -16,7 +17,9 @@ from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig, build_victim
 from services.protocol import oip
+from services.protocol.client import AsyncVictimClient, Wire
 from services.protocol.images import decode_image, encode_png
+from services.protocol.masks import class_map, decode_mask
 
 pytestmark = pytest.mark.anyio
 
@@ -65,6 +68,87 @@ async def test_an_image_is_answered_with_label_labels_and_probabilities(http: ht
         assert told["labels"] == ["a", "b", "c"]
         assert told["label"] == told["labels"][int(np.argmax(scores))]
         assert told["probabilities"] == pytest.approx(scores.tolist(), rel=1e-5)
+
+
+class BrightIsPolyp(nn.Module):
+    """A segmenter without weights: logits (0, l), l positive where the image is brighter than half."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = 10 * (images.mean(dim=1, keepdim=True) - 0.5)
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+SEGMENTER = VictimConfig(labels=("background", "polyp"), channels=1, size=(32, 40))
+
+
+@pytest.fixture
+async def segmenter() -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(make_hospital(BrightIsPolyp(), SEGMENTER, settings(max_batch=16, docs=True))) as client:
+        yield client
+
+
+async def test_a_segmenter_answers_an_image_with_a_mask_of_the_images_size(segmenter: httpx.AsyncClient) -> None:
+    png = encode_png(RNG.random((1, 9, 7)).repeat(8, axis=1).repeat(8, axis=2))  # 72 x 56, in coarse blocks
+    seen = torch.from_numpy(decode_image(png, channels=1, size=(32, 40))[None])
+    classes = class_map(BrightIsPolyp()(seen)[0].softmax(0).numpy(), (72, 56))
+    for question in ({"files": {"file": png}}, {"content": png, "headers": {"Content-Type": "image/png"}}):
+        response = await segmenter.post("/predict", **question)
+        assert response.status_code == 200, response.text
+        told = response.json()
+        assert set(told) == {"labels", "lesion_fraction", "mask"}
+        assert told["labels"] == ["background", "polyp"]
+        assert told["lesion_fraction"] == pytest.approx(classes.mean())
+        assert np.array_equal(decode_mask(base64.b64decode(told["mask"]), 2, (72, 56)), classes)
+        question["headers"] = {**question.get("headers", {}), "Accept": "image/png"}
+        response = await segmenter.post("/predict", **question)
+        assert response.headers["Content-Type"] == "image/png"
+        assert np.array_equal(decode_mask(response.content, 2, (72, 56)), classes)
+
+
+async def test_a_segmenter_answers_tensors_with_probabilities_of_every_pixel(segmenter: httpx.AsyncClient) -> None:
+    batch = RNG.random((20, 1, 32, 40), dtype=np.float32)
+    question = tensor_request(batch)
+    question["headers"]["Accept"] = "image/png"  # means nothing here
+    scores = scores_of(await segmenter.post("/predict", **question))
+    assert scores.shape == (20, 2, 32, 40)
+    assert scores.dtype == np.float32
+    assert scores == pytest.approx(BrightIsPolyp()(torch.from_numpy(batch)).softmax(1).numpy(), rel=1e-5)
+    asked = {"inputs": [{"name": "x", "shape": [1, 1, 32, 40], "datatype": "FP32", "data": batch[:1].tolist()}]}
+    assert np.array_equal(scores_of(await segmenter.post("/predict", json=asked)), scores[:1])
+
+
+async def test_the_projects_client_reads_a_segmenter_over_both_wires() -> None:
+    app = make_hospital(BrightIsPolyp(), SEGMENTER, settings())
+    batch = (RNG.integers(0, 256, (3, 1, 32, 40)) / np.float32(255)).astype(np.float32)
+    wires: tuple[Wire, ...] = ("tensor", "image")
+    async with app.router.lifespan_context(app):
+        for wire in wires:
+            async with AsyncVictimClient(["http://test"], wire=wire, transport=httpx.ASGITransport(app)) as victim:
+                scores = await victim.infer(batch)
+                assert set(await victim.describe(batch[0])) == {"labels", "lesion_fraction", "mask"}
+            assert scores.shape == (3, 2, 32, 40)
+            assert np.array_equal(scores.argmax(1), batch[:, 0] > 0.5)
+            assert (set(np.unique(scores)) == {0, 1}) is (wire == "image")
+
+
+async def test_a_segmenter_that_answers_no_numbers_shows_no_empty_mask() -> None:
+    class Sick(BrightIsPolyp):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) * torch.nan
+
+    async with serving(make_hospital(Sick(), SEGMENTER, settings())) as http:
+        for accept in ("image/png", "*/*"):
+            png = {"files": {"file": encode_png(images(1)[0])}, "headers": {"Accept": accept}}
+            assert_error(await http.post("/predict", **png), 500)
+
+
+async def test_the_openapi_document_tells_of_both_answers(segmenter: httpx.AsyncClient) -> None:
+    told = (await segmenter.get("/openapi.json")).json()["paths"]["/predict"]["post"]
+    assert "mask" in told["description"]
+    answers = told["responses"]["200"]
+    assert {"application/json", "application/octet-stream", "image/png"} <= set(answers["content"])
+    for word in ("label", "probabilities", "lesion_fraction", "mask", "Accept: image/png"):
+        assert word in answers["description"]
 
 
 @pytest.mark.parametrize("count", [1, 16, 100])

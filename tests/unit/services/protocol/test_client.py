@@ -517,6 +517,8 @@ async def test_refusals_in_other_forms_are_told_too(content: bytes) -> None:
 
 
 NONSENSE: dict[str, Callable[[], httpx.Response]] = {
+    "pixels of another image": lambda: scored(np.ones((2, 2, 4, 4), np.float32)),
+    "a plane of logits": lambda: scored(np.full((2, 1, 2, 2), -3, np.float32)),
     "no json": lambda: httpx.Response(200, content=b"<html>"),
     "other json": lambda: httpx.Response(200, json={"label": "glioma"}),
     "bad header": lambda: httpx.Response(200, json={}, headers={oip.HEADER: "x"}),
@@ -567,6 +569,29 @@ async def test_a_number_of_classes_that_changes_is_an_invalid_answer() -> None:
 
 
 @pytest.mark.anyio
+async def test_scores_that_turn_from_images_to_pixels_are_an_invalid_answer() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return scored(np.ones((1, 2, 2, 2) if received(request).max() > 0 else (1, 2), np.float32))
+
+    async with client(handler, batch=1) as victim:
+        with pytest.raises(UpstreamInvalid, match="scores images or pixels"):
+            await victim.infer(images(2))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.anyio
+async def test_scores_of_every_pixel_keep_their_order(planes: int) -> None:
+    sent = np.random.default_rng(0).random((20, planes, 4, 6)).astype(np.float32)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        return scored(received(request))
+
+    async with client(handler, batch=3) as victim:
+        scores = await victim.infer(sent)
+    assert np.array_equal(scores, np.concatenate([1 - sent, sent], axis=1) if planes == 1 else sent)
+
+
+@pytest.mark.anyio
 async def test_json_answers_and_single_outputs_of_any_name_are_read() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         return scored(np.full((len(received(request)), 3), 0.25), name="logits", binary=False)
@@ -592,7 +617,7 @@ async def test_one_failure_ends_the_other_requests() -> None:
 
 @pytest.mark.anyio
 async def test_describe_sends_a_png_and_returns_the_json_answer() -> None:
-    told = {"label": "b", "labels": ["a", "b"], "probabilities": [0.25, 0.75], "artifact": {"id": "x"}}
+    told: dict[str, object] = {"label": "b", "labels": ["a", "b"], "probabilities": [0.25], "artifact": {"id": "x"}}
 
     def handler(request: httpx.Request) -> httpx.Response:
         assert request.headers["Content-Type"] == "image/png"
@@ -601,9 +626,13 @@ async def test_describe_sends_a_png_and_returns_the_json_answer() -> None:
 
     async with client(handler) as victim:
         assert await victim.describe(np.ones((1, 2, 2), np.float32)) == told
+        told = {"labels": ["a", "b"], "lesion_fraction": 0.0, "mask": "aaaa"}
+        assert await victim.describe(np.ones((1, 2, 2), np.float32)) == told
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"label": "a"}'])
+@pytest.mark.parametrize(
+    "content", [b"<html>", b"[]", b'{"label": "a"}', b'{"mask": "aaaa"}', b'{"labels": ["a", "b"]}']
+)
 @pytest.mark.anyio
 async def test_describe_refuses_nonsense(content: bytes) -> None:
     async with client(lambda _: httpx.Response(200, content=content)) as victim:
@@ -643,6 +672,12 @@ def test_the_synchronous_client_maps_tensors_to_tensors() -> None:
         assert scores[:, 0].tolist() == list(range(7))
         assert victim.describe(batch[0])["label"] == "a"
         assert victim.ready()
+
+
+def test_the_synchronous_client_maps_images_to_scores_of_their_pixels() -> None:
+    batch = torch.rand(5, 2, 4, 6)
+    with HTTPVictim([URL], batch=2, transport=httpx.MockTransport(lambda one: scored(received(one)))) as victim:
+        assert torch.equal(victim(batch), batch)
 
 
 def test_what_on_resend_raises_reaches_the_caller_and_stops_the_sending() -> None:

@@ -1,3 +1,4 @@
+import base64
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from services.protocol.calls import read_call
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.errors import InvalidInput, Overloaded, UpstreamInvalid
 from services.protocol.images import decode_image
+from services.protocol.masks import encode_mask
 from services.protocol.uploads import encode_upload, read_told
 
 URL = "http://victim:8000"
@@ -31,6 +33,11 @@ def uploaded(request: httpx.Request, channels: int = 1) -> np.ndarray:
 
 def told(**answer: Any) -> httpx.Response:
     return httpx.Response(200, json=answer)
+
+
+def masked(classes: np.ndarray, count: int = 2) -> str:
+    """The mask of these classes (H,W), as it stands in JSON."""
+    return base64.b64encode(encode_mask(classes.astype(np.uint8), count)).decode()
 
 
 def scoring(request: httpx.Request) -> httpx.Response:
@@ -88,8 +95,9 @@ async def test_labels_without_probabilities_become_one_hot() -> None:
     [
         (b"<html>", "no JSON"),
         (b"[]", "no JSON object"),
-        (b"{}", "no probabilities and no label, but nothing"),
+        (b"{}", "no probabilities, mask or label, but nothing"),
         (b'{"score": 1}', "but 'score'"),
+        (b'{"mask": null}', "no probabilities, mask or label, but 'mask'"),
         (b'{"label": "a"}', "is the label 'a' alone.* in `labels`"),
         (b'{"label": "a", "labels": ["b", "c"]}', "none of its `labels`"),
         (b'{"label": "a", "labels": ["a"]}', "two or more different"),
@@ -107,14 +115,81 @@ async def test_labels_without_probabilities_become_one_hot() -> None:
 )
 def test_what_is_no_answer_to_an_image_is_refused_in_words(answer: bytes, message: str) -> None:
     with pytest.raises(UpstreamInvalid, match=message):
-        read_told(answer)
+        read_told(answer, size=(4, 4))
 
 
-def test_probabilities_need_no_labels_and_outrank_a_label() -> None:
-    assert read_told(b'{"probabilities": [0.25, 0.75]}').scores.tolist() == [0.25, 0.75]
-    answer = read_told(b'{"label": "a", "labels": ["a", "b"], "probabilities": [0.25, 0.75]}')
-    assert (answer.scores.tolist(), answer.labels) == ([0.25, 0.75], ("a", "b"))
-    assert read_told(b'{"label": "a", "labels": ["a", "b"], "probabilities": null}').scores.tolist() == [1.0, 0.0]
+def test_probabilities_need_no_labels_and_outrank_a_mask_which_outranks_a_label() -> None:
+    def read(**answer: Any) -> tuple[list[float], tuple[str, ...] | None]:
+        one = read_told(json.dumps(answer).encode(), size=(1, 2))
+        return one.scores.tolist(), one.labels
+
+    assert read(probabilities=[0.25, 0.75]) == ([0.25, 0.75], None)
+    every = {"label": "a", "labels": ["a", "b"], "mask": masked(np.array([[0, 1]])), "probabilities": [0.25, 0.75]}
+    assert read(**every) == ([0.25, 0.75], ("a", "b"))
+    every["probabilities"] = None
+    assert read(**every) == ([[[1.0, 0.0]], [[0.0, 1.0]]], ("a", "b"))
+    every["mask"] = None
+    assert read(**every) == ([1.0, 0.0], ("a", "b"))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_mask_becomes_one_hot_at_every_pixel(count: int) -> None:
+    classes = np.random.default_rng(0).integers(0, count, (5, 7))
+    labels = ["background", "polyp", "tool"][:count]
+    content = json.dumps({"labels": labels, "lesion_fraction": 0.5, "mask": masked(classes, count)}).encode()
+    one = read_told(content, size=(5, 7))
+    assert one.labels == tuple(labels)
+    assert one.scores.dtype == np.float32
+    assert np.array_equal(one.scores, np.eye(count)[classes].transpose(2, 0, 1))
+
+
+HEAD = '{"labels": ["a", "b"], "mask": '
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ('{"mask": "aaaa"}', "a mask whose classes are unknown.* in `labels`"),
+        ('{"mask": "aaaa", "labels": ["a"]}', "two or more different"),
+        (HEAD + "[[0, 1]]}", "`mask` is no PNG in base64"),
+        (HEAD + '"data:image/png;base64,aaaa"}', "`mask` is no base64"),
+        (HEAD + '"aaa"}', "`mask` is no base64"),
+        (HEAD + '"\u00e4\u00e4\u00e4\u00e4"}', "`mask` is no base64"),
+        (HEAD + '""}', "the mask is empty"),
+        (HEAD + '"aaaa"}', "the mask is no PNG"),
+        (f'{HEAD}"{masked(np.zeros((4, 5), int))}"}}', "the mask has 5 x 4 pixels; at most 16"),
+        (f'{HEAD}"{masked(np.zeros((3, 4), int))}"}}', "the mask has 4 x 3 pixels, the image 4 x 4"),
+        (f'{HEAD}"{masked(np.ones((4, 4), int), 3)}"}}', "the value 128"),
+    ],
+)
+def test_what_is_no_mask_of_the_image_is_refused_in_words(answer: str, message: str) -> None:
+    with pytest.raises(UpstreamInvalid, match=message) as caught:
+        read_told(answer.encode(), size=(4, 4))
+    assert type(caught.value) is UpstreamInvalid
+
+
+@pytest.mark.anyio
+async def test_masks_come_back_as_scores_of_every_pixel_in_order() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return told(labels=["background", "polyp"], mask=masked((uploaded(request)[0] > 0.5).astype(int)))
+
+    batch = np.random.default_rng(0).random((9, 1, 4, 4), dtype=np.float32)
+    async with client(handler, in_flight=5) as victim:
+        scores = await victim.infer(batch)
+    assert scores.shape == (9, 2, 4, 4)
+    assert np.array_equal(scores.argmax(1), np.rint(batch[:, 0] * 255) > 127.5)
+    assert np.array_equal(scores.sum(1), np.ones((9, 4, 4)))
+
+
+@pytest.mark.anyio
+async def test_answers_that_turn_from_labels_to_masks_are_invalid() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        one = {"label": "a"} if uploaded(request).mean() == 0 else {"mask": masked(np.zeros((4, 4), int))}
+        return told(labels=["a", "b"], **one)
+
+    async with client(handler) as victim:
+        with pytest.raises(UpstreamInvalid, match="scores images or pixels"):
+            await victim.infer(levels(2))
 
 
 @pytest.mark.anyio

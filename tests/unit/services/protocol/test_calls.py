@@ -1,0 +1,149 @@
+import base64
+import io
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from PIL import Image
+
+from services.protocol.calls import Call, Signature, answer, read_call
+from services.protocol.errors import Unsupported
+from services.protocol.masks import class_map, decode_mask
+
+pytestmark = pytest.mark.anyio
+
+SHAPE = (1, 8, 6)
+LABELS = ["background", "polyp"]
+SIGNATURE = Signature(
+    model_name="m", model_version="1", labels=LABELS, extra={"artifact": {"id": "x"}}, headers={"X-Artifact-Id": "x"}
+)
+POLYP = np.linspace(0, 1, 48, dtype=np.float32).reshape(8, 6)
+PROBABILITIES = np.stack([1 - POLYP, POLYP])
+
+
+def picture(width: int, height: int, kind: str = "JPEG", orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, format=kind, exif=exif)
+    return buffer.getvalue()
+
+
+def image_call(size: tuple[int, int] = (16, 24), *, wants_png: bool = False) -> Call:
+    return Call(np.zeros((1, *SHAPE), np.float32), "image", size=size, wants_png=wants_png)
+
+
+@pytest.fixture
+async def read() -> AsyncIterator[Any]:
+    """Posts, and returns the call that was read."""
+    app = FastAPI()
+    calls: list[Call] = []
+
+    @app.post("/")
+    async def read_one(request: Request) -> None:
+        calls.append(await read_call(request, SHAPE, max_body_bytes=10**7))
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+
+        async def post(**question: Any) -> Call:
+            response = await http.post("/", **question)
+            assert response.status_code == 200, response.text
+            return calls[-1]
+
+        yield post
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("orientation", "size"), [(1, (200, 300)), (3, (200, 300)), (6, (300, 200)), (8, (300, 200))])
+async def test_an_uploaded_image_is_remembered_by_its_size(
+    read: Any, kind: str, orientation: int, size: tuple[int, int]
+) -> None:
+    data = picture(300, 200, kind, orientation)
+    for question in ({"files": {"file": data}}, {"content": data, "headers": {"Content-Type": "image/*"}}):
+        call = await read(**question)
+        assert call.images.shape == (1, *SHAPE)
+        assert (call.form, call.size) == ("image", size)
+
+
+@pytest.mark.parametrize(
+    ("accept", "wants_png"),
+    [
+        ("image/png", True),
+        ("Image/PNG", True),
+        ("image/*", True),
+        ("image/png, */*;q=0.8", True),
+        ("text/html, image/png ; q=0.5, application/json;q=0.499", True),
+        ("image/png;level=1", True),
+        ("image/png;q=wrong", True),
+        ("*/*", False),
+        ("", False),
+        (",;,=", False),
+        ("application/json", False),
+        ("image/png, application/json", False),
+        ("image/png, application/*", False),
+        ("image/png;q=0.4, */*;q=0.5", False),
+        ("image/png;q=0, image/*", False),
+        ("image/png;q=0", False),
+        ("image/jpeg", False),
+        ("text/html", False),
+    ],
+)
+async def test_a_png_is_wanted_where_it_is_more_welcome_than_json(read: Any, accept: str, wants_png: bool) -> None:
+    for question in ({"files": {"file": picture(3, 2)}}, {"content": picture(3, 2)}):
+        headers = {"Accept": accept} if "files" in question else {"Accept": accept, "Content-Type": "image/jpeg"}
+        assert (await read(**question, headers=headers)).wants_png is wants_png
+
+
+async def test_several_accept_headers_are_one_list(read: Any) -> None:
+    headers = [("Accept", "text/html"), ("Accept", "image/png")]
+    assert (await read(files={"file": picture(3, 2)}, headers=headers)).wants_png
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 6), (5, 3), (301, 200)])
+async def test_an_image_is_answered_with_a_mask_of_its_own_size(size: tuple[int, int]) -> None:
+    response = await answer(image_call(size), PROBABILITIES[None], SIGNATURE)
+    assert isinstance(response, Response)
+    told = httpx.Response(200, content=bytes(response.body)).json()
+    classes = class_map(PROBABILITIES, size)
+    assert 0 < classes.mean() < 1
+    assert set(told) == {"labels", "lesion_fraction", "mask", "artifact"}
+    assert told["labels"] == LABELS
+    assert told["artifact"] == {"id": "x"}
+    assert told["lesion_fraction"] == pytest.approx((classes > 0).mean(), abs=1e-12)
+    assert np.array_equal(decode_mask(base64.b64decode(told["mask"]), 2, size), classes)
+    assert response.headers["X-Artifact-Id"] == "x"
+    assert response.headers["Content-Type"] == "application/json"
+
+
+async def test_the_png_itself_is_the_same_mask_with_the_same_headers() -> None:
+    response = await answer(image_call(wants_png=True), PROBABILITIES[None], SIGNATURE)
+    assert response.headers["Content-Type"] == "image/png"
+    assert response.headers["X-Artifact-Id"] == "x"
+    assert np.array_equal(decode_mask(bytes(response.body), 2, (16, 24)), class_map(PROBABILITIES, (16, 24)))
+
+
+async def test_every_class_but_the_first_is_lesion() -> None:
+    scores = np.zeros((1, 3, 2, 2), np.float32)
+    scores[0, [0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 0, 1]] = 1
+    response = await answer(image_call((2, 2)), scores, SIGNATURE)
+    assert b'"lesion_fraction":0.75' in bytes(response.body)
+
+
+async def test_a_classifier_answers_in_json_whatever_is_accepted() -> None:
+    answers = [
+        await answer(image_call(wants_png=wants_png), np.float32([[0.25, 0.75]]), SIGNATURE)
+        for wants_png in (True, False)
+    ]
+    assert answers[0].body == answers[1].body
+    assert b'"label":"polyp"' in bytes(answers[0].body)
+
+
+async def test_masks_are_not_made_of_what_has_no_most_probable_class() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        await answer(image_call(), np.full((1, 2, 8, 6), np.nan, np.float32), SIGNATURE)
+    with pytest.raises(Unsupported, match="tensors"):
+        await answer(image_call(), np.ones((1, 300, 8, 6), np.float32), SIGNATURE)
