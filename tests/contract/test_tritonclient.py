@@ -1,10 +1,6 @@
 """A client that we did not write speaks to the gateway, which speaks to a hospital: real sockets, real models."""
 
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,23 +8,12 @@ import pytest
 import torch
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-import uvicorn
-from fastapi import FastAPI
-from torch import Tensor, nn
+from torch import nn
 
-from services.gateway.app import make_gateway
-from services.gateway.config import GatewaySettings
-from services.hospital.app import make_hospital
-from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig, build_victim
 
 CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
 IMAGES = np.random.default_rng(0).random((5, 1, 32, 32), dtype=np.float32)
-
-
-class Inverts(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return (1 - images).clamp(0, 1)
 
 
 def victim() -> nn.Module:
@@ -41,39 +26,10 @@ def expected(images: np.ndarray) -> np.ndarray:
         return np.asarray(victim()(1 - torch.from_numpy(images)).softmax(dim=1))
 
 
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """Serves an application from a thread; gives its host and port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(defend: Callable[[nn.Module, VictimConfig], str]) -> str:
     """Host and port of a gateway in front of a hospital."""
-    artifact: Any = SimpleNamespace(
-        sanitizer=Inverts(),
-        manifest=SimpleNamespace(
-            id="sha256-abc",
-            name="ours",
-            sigma=0.25,
-            queries_spent=1234,
-            labels=list(CONFIG.labels),
-            input=SimpleNamespace(channels=1, height=32, width=32),
-        ),
-    )
-    with ExitStack() as stack:
-        hospital = make_hospital(victim(), CONFIG, HospitalSettings(model="unused", device="cpu"))
-        upstream = stack.enter_context(listening(hospital))
-        settings = GatewaySettings(artifact="unused", victim_url=f"http://{upstream}", device="cpu", max_body_mb=1)
-        yield stack.enter_context(listening(make_gateway(artifact, settings)))
+    return defend(victim(), CONFIG)
 
 
 @pytest.fixture
