@@ -1,14 +1,20 @@
 """Gradient attacks of one signature, as thin adapters over foolbox.
 
 `craft("pgd", model, images, labels, epsilon)` returns images of the same shape, inside the bounds [0,1]. All attacks
-are untargeted and maximise (or, for DDN, use) the cross-entropy of the model's logits against the given labels.
+are untargeted and maximise (or, for DDN, use) a loss of the model's logits against the given labels: of a classifier
+the cross-entropy, of a segmenter the mean cross-entropy of the pixels plus the soft Dice loss.
 
 | name     | norm  | steps | step / epsilon | start  | source                                      |
 |----------|-------|-------|----------------|--------|---------------------------------------------|
 | `fgsm`   | L-inf | 1     | 1              | image  | Goodfellow et al., ICLR 2015                |
 | `pgd`    | L-inf | 40    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
 | `pgd-l2` | L2    | 40    | 2.5 / steps    | random | Madry et al., ICLR 2018                     |
+| `segpgd` | L-inf | 40    | 2.5 / steps    | random | Gu et al., ECCV 2022: segmenters only       |
 | `ddn`    | L2    | 100   | decoupled      | image  | Rony et al., CVPR 2019: minimum norm        |
+
+To foolbox a segmenter is shown as a classifier of whole images: the mask holds, or it is lost. Its logits are such that
+their gradient has the direction of the loss's, so that all of these attacks take the steps that they are defined by,
+and such that the class tells whether the Dice of the answer is below `LOST`, which is what DDN looks for.
 
 DDN is minimum-norm: it takes no epsilon (None) and returns the closest adversarial image it saw. foolbox's DDN does not
 round the images to 256 levels (adv-lib's does so by default), so its norms are the smaller, unquantised ones.
@@ -21,7 +27,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from defense.objectives import agreement, stability_loss
 
 with warnings.catch_warnings():
     # foolbox 3.3.4 imports gaussian_filter, which none of these attacks needs, from where SciPy kept it until 1.8.
@@ -37,6 +46,9 @@ with warnings.catch_warnings():
 
 BOUNDS = Bounds(0.0, 1.0)
 
+LOST = 0.5
+"""Dice with the right mask below which an answer counts as lost: less is shared than is not."""
+
 PGD_REACH = 2.5
 """Step size times steps, in epsilons: more than 2, so that PGD can cross the whole ball from any random start."""
 
@@ -50,12 +62,14 @@ class Attack:
         steps: Gradient steps when none are asked for.
         minimum_norm: Whether the attack looks for the smallest perturbation and takes no epsilon.
         build: Makes the foolbox attack for a number of steps.
+        masks_only: Whether it is defined for segmenters only.
     """
 
     norm: Literal["linf", "l2"]
     steps: int
     minimum_norm: bool
     build: Callable[[int], Any]
+    masks_only: bool = False
 
 
 def _fgsm(steps: int) -> Any:
@@ -80,8 +94,14 @@ ATTACKS: dict[str, Attack] = {
     "fgsm": Attack(norm="linf", steps=1, minimum_norm=False, build=_fgsm),
     "pgd": Attack(norm="linf", steps=40, minimum_norm=False, build=_pgd),
     "pgd-l2": Attack(norm="l2", steps=40, minimum_norm=False, build=_pgd_l2),
+    "segpgd": Attack(norm="linf", steps=40, minimum_norm=False, build=_pgd, masks_only=True),
     "ddn": Attack(norm="l2", steps=100, minimum_norm=True, build=_ddn),
 }
+
+
+def attacks_on(labels: Tensor) -> list[str]:
+    """Names of the attacks for classifiers, labels (N,), or segmenters, labels (N,H,W)."""
+    return [name for name, attack in ATTACKS.items() if labels.ndim > 1 or not attack.masks_only]
 
 
 def craft(
@@ -99,10 +119,10 @@ def craft(
 
     Args:
         name: A key of `ATTACKS`.
-        model: Differentiable classifier in evaluation mode, (N,C,H,W) in [0,1] -> logits (N,K). It is left as it was:
-            no gradient is stored in its parameters.
+        model: Differentiable, in evaluation mode, (N,C,H,W) in [0,1] -> logits (N,K) or (N,K,H,W). It is left as it
+            was: no gradient is stored in its parameters.
         images: (N,C,H,W) float32 in [0,1], on the model's device.
-        labels: (N,) int64, the classes to get away from.
+        labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
         epsilon: Radius in the attack's norm, in units of [0,1]; None for a minimum-norm attack, and only then.
         steps: Gradient steps; the table's when None.
         seed: Seed of the random starts. The global generator of torch is left as it was.
@@ -112,11 +132,11 @@ def craft(
         (N,C,H,W) float32 in [0,1]. A minimum-norm attack returns an image unchanged where it found nothing.
 
     Raises:
-        ValueError: Unknown name, an epsilon that is missing, superfluous or negative, images outside [0,1], or a
-            model in training mode.
+        ValueError: A name that is unknown or not for such labels, an epsilon that is missing, superfluous or negative,
+            images outside [0,1], or a model in training mode.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; there are {', '.join(ATTACKS)}")
+    if name not in attacks_on(labels):
+        raise ValueError(f"unknown attack {name!r}; there are {', '.join(attacks_on(labels))}")
     attack = ATTACKS[name]
     if attack.minimum_norm != (epsilon is None):
         raise ValueError(f"{name} takes {'no' if attack.minimum_norm else 'an'} epsilon")
@@ -129,17 +149,22 @@ def craft(
     if not (images.min() >= BOUNDS.lower and images.max() <= BOUNDS.upper):
         raise ValueError(f"images must lie in [{BOUNDS.lower:g}, {BOUNDS.upper:g}]")
 
-    algorithm = attack.build(attack.steps if steps is None else steps)
+    steps = attack.steps if steps is None else steps
+    algorithm = attack.build(steps)
     arguments = {} if epsilon is None else {"epsilon": epsilon}
     devices = [images.device] if images.device.type == "cuda" else []
     crafted = []
     # foolbox draws from torch's global generator and lets gradients pile up in the parameters.
     with torch.random.fork_rng(devices=devices), _frozen(model):
         torch.manual_seed(seed)
-        victim = PyTorchModel(model, bounds=BOUNDS, device=images.device)
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
-            found = algorithm.run(victim, images[part], labels[part], **arguments)
+            shown, classes = model, labels[part]
+            if labels.ndim > 1:
+                shown = _Holding(model, labels[part], steps if attack.masks_only else None).eval()
+                classes = labels.new_zeros(len(classes))
+            victim = PyTorchModel(shown, bounds=BOUNDS, device=images.device)
+            found = algorithm.run(victim, images[part], classes, **arguments)
             crafted.append(found.detach().clamp(*BOUNDS))
     return torch.cat(crafted)
 
@@ -148,20 +173,20 @@ def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels
     """Sizes of the perturbations that a minimum-norm attack found.
 
     Args:
-        model: The classifier that was attacked, (N,C,H,W) -> logits (N,K).
+        model: What was attacked, (N,C,H,W) -> logits (N,K) or (N,K,H,W).
         images: (N,C,H,W), the originals.
         adversarials: (N,C,H,W), what the attack returned.
-        labels: (N,) int64, the classes to get away from.
+        labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
         batch: Images in one forward pass.
 
     Returns:
-        (N,) float32 L2 norms in units of [0,1]; 0 where the original was already misclassified, inf where the attack
-        found nothing.
+        (N,) float32 L2 norms in units of [0,1]; 0 where the original was already misclassified or lost, inf where the
+        attack found nothing.
     """
     with torch.no_grad():
         answers = torch.cat([model(part).argmax(dim=1) for part in torch.split(adversarials, batch)])
     norms: Tensor = torch.linalg.vector_norm((adversarials - images).flatten(1), dim=1)
-    return norms.masked_fill(answers == labels, float("inf"))
+    return norms.masked_fill(_holds(answers, labels), float("inf"))
 
 
 def scaled_norms(
@@ -181,10 +206,10 @@ def scaled_norms(
     nothing more: the direction is an oblivious attacker's, and an adaptive attack may need far less.
 
     Args:
-        classifier: (N,C,H,W) in [0,1] -> scores (N,K); it only answers, no gradients are asked for.
+        classifier: (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W); it only answers, no gradients are asked for.
         images: (N,C,H,W) float32 in [0,1], the originals.
         adversarials: (N,C,H,W), made for another classifier.
-        labels: (N,) int64, the right answers.
+        labels: (N,) or (N,H,W) int64, the right answers; a mask is wrong where it is lost.
         furthest: Largest factor k, at least 1.
         halvings: Bisections after the first wrong answer; the last interval is 2^-halvings of the first.
 
@@ -200,7 +225,7 @@ def scaled_norms(
     def errs(chosen: Tensor, factors: Tensor) -> Tensor:
         if len(chosen) == 0:
             return torch.zeros(0, dtype=torch.bool)
-        return classifier(moved(chosen, factors)).argmax(dim=1) != labels[chosen]
+        return ~_holds(classifier(moved(chosen, factors)).argmax(dim=1), labels[chosen])
 
     everyone = torch.arange(len(images))
     right, wrong = torch.zeros(len(images)), torch.full((len(images),), float("inf"))
@@ -221,6 +246,41 @@ def scaled_norms(
     fooling = moved(everyone, wrong.masked_fill(wrong.isinf(), 0.0))
     norms: Tensor = torch.linalg.vector_norm((fooling - images).flatten(1), dim=1)
     return norms.masked_fill(wrong.isinf(), float("inf"))
+
+
+class _Holding(nn.Module):
+    """A segmenter as a classifier of images: their mask holds (0), or is lost (1).
+
+    Args:
+        model: (N,C,H,W) -> logits (N,K,H,W).
+        masks: (N,H,W) int64, those of the images that it will be shown, always the same.
+        weigh_over: T; the loss is that of SegPGD (Gu et al. 2022), whose weights change over T calls: of pixels that
+            are wrong already lambda = (t - 1) / 2T, of the others 1 - lambda. None: cross-entropy and soft Dice.
+    """
+
+    def __init__(self, model: nn.Module, masks: Tensor, weigh_over: int | None) -> None:
+        super().__init__()
+        self._model, self._masks, self._weigh_over = model, masks, weigh_over
+        self._calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N,C,H,W) -> logits (N,2)."""
+        logits = self._model(images)
+        if self._weigh_over is None:
+            loss = stability_loss(logits, self._masks, "logits")
+        else:
+            share = self._calls / (2 * self._weigh_over)  # foolbox asks for one gradient a step
+            self._calls += 1
+            weights = torch.where(logits.argmax(1) == self._masks, 1 - share, share)
+            loss = (weights * F.cross_entropy(logits, self._masks, reduction="none")).flatten(1).mean(1)
+        lost = torch.where(_holds(logits.argmax(1), self._masks), -1.0, 1.0)
+        score = lost + loss - loss.detach()  # the value tells the class, the gradient is the loss's
+        return torch.stack([-score, score], dim=1)
+
+
+def _holds(answers: Tensor, labels: Tensor) -> Tensor:
+    """(N,) whether answers are right: equal classes, or masks that are not lost."""
+    return agreement(answers, labels) >= (1.0 if labels.ndim == 1 else LOST)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from defense.errors import InvalidAnswer
 
@@ -23,7 +24,7 @@ ABSTAIN = -1
 """The label that stands for "no answer at this confidence"."""
 
 BaseClassifier = Callable[[Tensor], Tensor]
-"""(N,C,H,W) float32 -> (N,K) scores, of which only the largest of each image counts."""
+"""(N,C,H,W) float32 -> (N,K) or (N,K,H,W) scores, of which only the largest of each image or pixel counts."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ def sample_counts(
         batch: Copies in one call of the classifier.
 
     Returns:
-        (K,) int64 counts that sum to n, on the CPU.
+        (K,) or (K,H,W) int64 counts that sum to n over K, on the CPU.
 
     Raises:
-        InvalidAnswer: The classifier's answer is no finite (N,K) tensor.
+        InvalidAnswer: The classifier's answer is no finite (N,K) or (N,K,H,W) tensor, or changes its shape.
         ValueError: n or batch is below 1.
     """
     if n < 1 or batch < 1:
@@ -144,9 +145,11 @@ def sample_counts(
         size = min(batch, n - start)
         noise = torch.randn((size, *image.shape), generator=generator, device=generator.device)
         scores = classifier(image + sigma * noise.to(image.device))
-        if scores.ndim != 2 or len(scores) != size or not torch.isfinite(scores).all():
+        if scores.ndim not in (2, 4) or len(scores) != size or not torch.isfinite(scores).all():
             raise InvalidAnswer(f"expected {size} rows of finite scores, got a tensor of shape {tuple(scores.shape)}")
-        hits = torch.bincount(scores.argmax(dim=1), minlength=scores.shape[1]).cpu()
+        hits = one_hot(scores.argmax(dim=1), scores.shape[1]).sum(dim=0).movedim(-1, 0).cpu()
+        if counts is not None and counts.shape != hits.shape:
+            raise InvalidAnswer("the classifier changed the shape of its answers between two batches")
         counts = hits if counts is None else counts + hits
     assert counts is not None  # n >= 1
     return counts

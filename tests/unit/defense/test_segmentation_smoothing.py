@@ -1,0 +1,133 @@
+"""SegCertify against closed forms, brute force and Monte Carlo."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from defense.errors import InvalidAnswer
+from defense.segmentation_smoothing import certify_mask, certify_mask_counts, holm, mask_radius
+from defense.smoothing import ABSTAIN, sample_counts
+
+PHI = NormalDist()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def threshold(images: Tensor) -> Tensor:
+    """Every pixel for itself: class 1 where it is brighter than one half."""
+    score = 20 * (images[:, :1] - 0.5)
+    return torch.cat([-score, score], dim=1)
+
+
+def textbook_holm(p_values: list[float], alpha: float) -> list[bool]:
+    """Step by step, as Holm (1979) puts it."""
+    rejected = [False] * len(p_values)
+    left = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for rank, index in enumerate(left):
+        if p_values[index] > alpha / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50])
+def test_holm_is_the_textbooks(count):
+    rng = np.random.default_rng(count)
+    for _ in range(50):
+        p_values = rng.random(count) ** rng.integers(1, 8)
+        assert holm(p_values, 0.05).tolist() == textbook_holm(p_values.tolist(), 0.05)
+
+
+def test_holm_stops_at_the_first_that_does_not_pass():
+    assert holm(np.array([0.001, 0.04, 0.0001, 0.9]), 0.05).tolist() == [True, False, True, False]
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        holm(np.array([0.1]), 1.0)
+
+
+@pytest.mark.parametrize(("tau", "sigma"), [(0.75, 0.25), (0.9, 0.5), (0.5, 0.25)])
+def test_the_radius_is_that_of_tau(tau, sigma):
+    assert mask_radius(tau, sigma) == pytest.approx(sigma * PHI.inv_cdf(tau))
+
+
+@pytest.mark.parametrize("tau", [0.49, 1.0])
+def test_a_tau_below_a_majority_is_refused(tau):
+    with pytest.raises(ValueError, match="tau must be at least"):
+        mask_radius(tau, 0.25)
+
+
+def test_some_pixel_is_wrong_no_more_often_than_alpha():
+    """All pixels at p = tau exactly: whatever does not abstain claims too much."""
+    tau, n, alpha, pixels, trials = 0.75, 40, 0.05, 12, 4000
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(trials):
+        hits = torch.from_numpy(rng.binomial(n, tau, size=(3, pixels // 3)))
+        estimation = torch.stack([n - hits, hits])
+        selection = torch.stack([torch.zeros_like(hits), torch.ones_like(hits)])
+        certificate = certify_mask_counts(selection, estimation, sigma=0.25, tau=tau, alpha=alpha)
+        wrong += bool((certificate.labels != ABSTAIN).any())
+    # Of discrete tests the chance is below alpha: exactly 1 - (1 - p)^pixels with p that of the first step's threshold.
+    first = max(p for p in (binom.sf(k - 1, n, tau) for k in range(n + 1)) if p <= alpha / pixels)
+    expected = 1 - (1 - first) ** pixels
+    assert expected <= alpha
+    assert wrong / trials == pytest.approx(expected, abs=4 * math.sqrt(expected / trials))
+
+
+def test_counts_decide_pixel_by_pixel():
+    selection = torch.tensor([[[1, 9]], [[9, 1]]])
+    estimation = torch.tensor([[[0, 60]], [[100, 40]]])
+    certificate = certify_mask_counts(selection, estimation, sigma=0.25, tau=0.75, alpha=0.001)
+    assert certificate.labels.tolist() == [[1, ABSTAIN]]
+    assert certificate.samples == 110
+    assert certificate.labels.dtype == torch.int64
+
+
+def test_certified_pixels_of_a_known_segmenter_hold_everywhere_in_the_radius():
+    """A pixel at x answers 1 with probability Phi((x - 1/2) / sigma); within r of it, with at least that of x - r."""
+    sigma, tau = 0.25, 0.75
+    image = torch.linspace(0, 1, 64).view(1, 8, 8)
+    certificate = certify_mask(
+        threshold, image, sigma=sigma, n0=20, n=400, tau=tau, alpha=0.001, generator=generator(), batch=128
+    )
+    margins = (image[0] - 0.5).abs()
+    settled = certificate.labels != ABSTAIN
+    assert certificate.samples == 420
+    assert settled.float().mean() > 0.2
+    assert (certificate.labels[settled] == (image[0] > 0.5)[settled].long()).all()
+    # The smoothed answer flips at the margin: every certified pixel is farther than the radius from it.
+    assert (margins[settled] >= certificate.radius).all()
+    # And hardly any of those well beyond it abstain.
+    clear = margins > 1.8 * certificate.radius
+    assert settled[clear].float().mean() > 0.9
+
+
+def test_the_noise_decides_and_the_batch_does_not():
+    image = torch.full((1, 4, 4), 0.55)
+    settings = {"sigma": 0.25, "n0": 5, "n": 30, "tau": 0.5, "alpha": 0.1}
+    first, same, other = (
+        certify_mask(threshold, image, **settings, generator=generator(seed), batch=1000).labels for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    counts = sample_counts(threshold, image, n=30, sigma=0.25, generator=generator(), batch=7)
+    assert counts.shape == (2, 4, 4)
+    assert (counts.sum(0) == 30).all()
+
+
+def test_what_is_no_mask_is_refused():
+    image = torch.full((1, 4, 4), 0.55)
+    settings = {"sigma": 0.25, "n0": 5, "n": 30, "tau": 0.75, "alpha": 0.1, "generator": generator()}
+    with pytest.raises(InvalidAnswer, match="a class for every pixel"):
+        certify_mask(lambda images: threshold(images).mean((2, 3)), image, **settings)
+    with pytest.raises(InvalidAnswer, match="rows of finite scores"):
+        certify_mask(lambda images: threshold(images)[1:], image, **settings)
+    sizes = iter([4, 3])
+    with pytest.raises(InvalidAnswer):
+        certify_mask(lambda images: threshold(images)[..., : next(sizes)], image, **settings)
