@@ -4,9 +4,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 from defense.errors import DefenseError
 from services.protocol.errors import ServiceError
+
+Task = Literal["classification", "segmentation"]
+"""What the images are for: a class for each, or a class for each pixel."""
 
 
 class UserError(Exception):
@@ -42,15 +46,21 @@ def run(
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data, --size, --channels, --published-test, --split-seed and --seed."""
+    """Adds --data, --task, --size, --channels, --published-test, --split-seed and --seed."""
     parser.add_argument(
         "--data",
         default="phantom",
-        help="a folder (Training/<class>/* and Testing/<class>/*, or one folder a class), or 'phantom' (default)",
+        help="a folder (Training/<class>/* and Testing/<class>/*, or one folder a class; or images/* and masks/*), "
+        "or 'phantom' (default)",
+    )
+    parser.add_argument(
+        "--task",
+        choices=get_args(Task),
+        help="default: a folder tells it by its layout; of phantoms, classification",
     )
     parser.add_argument("--size", type=positive_int, default=64, help="images are resized to SIZE x SIZE (default 64)")
     parser.add_argument(
-        "--channels", type=int, choices=(1, 3), default=1, help="1: grey, the default; 3: red, green and blue"
+        "--channels", type=int, choices=(1, 3), help="1: grey (default to classify); 3: colour (default to segment)"
     )
     parser.add_argument(
         "--published-test",

@@ -1,24 +1,23 @@
-"""Labelled images, read from folders or made up, in splits that no near-duplicate crosses.
+"""Images with the truth about them, read from folders or made up, in splits that no near-duplicate crosses.
 
-Layouts: `Training/<class>/*` with `Testing/<class>/*`, or one folder a class; PNG and JPEG. `phantom` names the
-procedural set of `training.phantoms`.
+Layouts: `Training/<class>/*` with `Testing/<class>/*`, or one folder a class, to classify; `images/*` with `masks/*`
+to segment; PNG and JPEG. `phantom` names the procedural sets of `training.phantoms`.
 
 How the splits are made, by groups of near-duplicates (`training.duplicates`; lists beside the images are not read):
 
-- Groups go 70 : 10 : 20 to training, validation and test, class by class. A `Testing` folder is pooled with the rest.
+- Groups go 70 : 10 : 20 to training, validation and test, class by class, or apart for small and other lesions. A
+  `Testing` folder is pooled with the rest.
 - With `published_test`, a `Testing` folder is the test split, all of it; training images whose group touches it are
   dropped, and validation is a tenth of the others. On the brain tumour MRI set that leaves a test set of other sources
   than the training images (whole sources are near-duplicates of its test images, and go), so it is not the default.
 - A group whose images disagree about the label is dropped, because one of the labels is wrong and nobody knows which;
-  only with `published_test` does `Testing` keep its images and labels as they were published.
+  only with `published_test` does `Testing` keep its images and labels as they were published. Masks are not compared.
 """
 
 import argparse
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,21 +28,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.protocol.errors import ServiceError
-from services.protocol.images import decode_image
-from training.cli import UserError
-from training.duplicates import duplicate_groups, thumbnails
-from training.phantoms import BRAIN_LABELS, brain_phantoms
+from training.cli import Task, UserError
+from training.duplicates import duplicate_groups, grey
+from training.folders import LESION_LABELS, TESTING, Contents, read_classes, read_masks, task_of
+from training.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
+from training.splitting import DROPPED, TEST, TRAIN, VALIDATION, assign_splits
 
-TRAIN, VALIDATION, TEST, DROPPED = 0, 1, 2, -1
 PHANTOM: Final = "phantom"
-"""What --data says for the procedural set."""
+"""What --data says for the procedural sets."""
 
-_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
-_THUMBNAIL_SOURCE: Final = 224  # pixels a side, 7 a box; thumbnails must not depend on --size
-_PHANTOM_COUNTS: Final = (1600, 200, 400)
-_VALIDATION_SHARE: Final = 0.1
-_TEST_SHARE: Final = 0.2
+_CHANNELS: Final[dict[Task, int]] = {"classification": 1, "segmentation": 3}  # where --channels does not say
+_PHANTOM_COUNTS: Final[dict[Task, tuple[int, int, int]]] = {
+    "classification": (1600, 200, 400),
+    "segmentation": (600, 100, 200),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class ImageSet:
 
     Attributes:
         images: (N,C,H,W) float32 in [0,1].
-        labels: (N,) int64.
+        labels: (N,) int64 classes, or (N,H,W) int64 masks: the class of every pixel, 0 for the background.
         names: Where each image came from.
     """
 
@@ -82,8 +80,8 @@ class Splits:
         train: What is learned from.
         validation: What models are selected by.
         test: What is reported.
-        fingerprint: SHA-256 of the content (every file's name and bytes; of a phantom set, its pixels) and of which
-            image is in which split.
+        fingerprint: SHA-256 of the content (every file's name and bytes, masks included; of a phantom set, its pixels)
+            and of which image is in which split.
     """
 
     name: str
@@ -93,19 +91,34 @@ class Splits:
     test: ImageSet
     fingerprint: str
 
+    @property
+    def task(self) -> Task:
+        """Whether images have a class, or a mask."""
+        return "classification" if self.test.labels.dim() == 1 else "segmentation"
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    name: str
-    label: int
-    is_test: bool
+
+def settle(arguments: argparse.Namespace) -> None:
+    """Fills in what --task and --channels leave to the data, so that what is recorded of a command says it.
+
+    Args:
+        arguments: What `training.cli.add_data_arguments` parsed; changed in place.
+
+    Raises:
+        UserError: The folder is missing, or its layout contradicts --task.
+    """
+    arguments.task = _task(arguments.data, arguments.task)
+    arguments.channels = arguments.channels or _CHANNELS[arguments.task]
 
 
 def load_data(arguments: argparse.Namespace) -> Splits:
-    """`load_splits` of what `training.cli.add_data_arguments` parsed; a process that asks again gets the same ones."""
+    """`load_splits` of what `training.cli.add_data_arguments` parsed, after `settle`.
+
+    A process that asks again gets the same ones.
+    """
+    settle(arguments)
     return _loaded(
         arguments.data,
+        task=arguments.task,
         size=arguments.size,
         channels=arguments.channels,
         seed=arguments.split_seed,
@@ -113,13 +126,22 @@ def load_data(arguments: argparse.Namespace) -> Splits:
     )
 
 
-def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0, published_test: bool = False) -> Splits:
+def load_splits(
+    data: str,
+    *,
+    task: Task | None = None,
+    size: int = 64,
+    channels: int | None = None,
+    seed: int = 0,
+    published_test: bool = False,
+) -> Splits:
     """Loads a data set in splits that are free of leaks.
 
     Args:
         data: A folder in one of the layouts above, or "phantom".
+        task: What to do with the images; None: what the folder's layout tells, and classification for phantoms.
         size: Height and width in pixels.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; None: 1 to classify, 3 to segment.
         seed: Which groups go where, and which phantoms are drawn.
         published_test: Keep the `Testing` folder as the test split.
 
@@ -127,40 +149,41 @@ def load_splits(data: str, *, size: int = 64, channels: int = 1, seed: int = 0, 
         The splits; the same arguments and content always give the same ones.
 
     Raises:
-        UserError: The folder is missing, has no such layout, holds an unreadable image, or too few images of a class.
+        UserError: The folder is missing, has no such layout or another task's, holds an unreadable image, or too few
+            images of a class.
     """
+    task = _task(data, task)
+    channels = channels or _CHANNELS[task]
     if data == PHANTOM:
-        return _phantom_splits(size, channels, seed)
+        return _phantom_splits(task, size, channels, seed)
     root = Path(data)
-    if published_test and not (root / "Testing").is_dir():
+    if published_test and not (root / TESTING).is_dir():
         raise UserError(f"--published-test needs a Testing folder, and {root} has none")
-    files, labels = _list_files(root)
-    images, thumbs, digests = _read_files(files, size, channels)
-    groups = duplicate_groups(thumbs)
-    targets = np.array([file.label for file in files])
-    held_out = np.array([file.is_test for file in files]) if published_test else None
-    assignment = assign_splits(groups, targets, held_out, seed)
-    whole = ImageSet(images, torch.from_numpy(targets), tuple(file.name for file in files))
+    read = read_masks if task == "segmentation" else read_classes
+    contents = read(root, size, channels)
+    groups = duplicate_groups(contents.thumbs)
+    strata = contents.strata
+    if (
+        task == "segmentation"
+    ):  # a group is of one stratum, its first image's: near-duplicates may differ in their masks
+        strata = strata[np.unique(groups, return_index=True)[1]][groups]
+    assignment = assign_splits(groups, strata, contents.held_out if published_test else None, seed)
+    whole = ImageSet(contents.images, contents.labels, contents.names)
     train, validation, test = (whole.subset(np.flatnonzero(assignment == split)) for split in (TRAIN, VALIDATION, TEST))
-    for part, title in ((train, "training"), (validation, "validation"), (test, "test")):
-        for number in range(len(labels)):
-            if not (part.labels == number).any():
-                raise UserError(
-                    f"{root}: no image of class '{labels[number]}' is left for the {title} split once near-duplicates "
-                    "are kept together; add distinct images of it"
-                )
     _log.info(
         "%s: %d images in %d groups of near-duplicates; %d training, %d validation, %d test, %d dropped as "
         "duplicates of test images or for disagreeing labels",
         dataset_name(data),
-        len(files),
+        len(whole),
         groups.max() + 1,
         len(train),
         len(validation),
         len(test),
         int((assignment == DROPPED).sum()),
     )
-    return Splits(dataset_name(data), labels, train, validation, test, _fingerprint(files, digests, assignment))
+    splits = Splits(dataset_name(data), contents.classes, train, validation, test, _fingerprint(contents, assignment))
+    _refuse_missing_classes(root, splits)
+    return splits
 
 
 _loaded = lru_cache(maxsize=1)(load_splits)  # decoding thousands of files takes half a minute
@@ -171,128 +194,48 @@ def dataset_name(data: str) -> str:
     return data if data == PHANTOM else Path(data).resolve().name
 
 
-def assign_splits(
-    groups: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int64],
-    held_out: npt.NDArray[np.bool_] | None,
-    seed: int,
-) -> npt.NDArray[np.int64]:
-    """Decides which image goes to which split, by whole groups.
-
-    Args:
-        groups: (N,) near-duplicate group of each image.
-        labels: (N,) label of each image.
-        held_out: (N,) True where an image belongs to a published test set; None without one.
-        seed: Which groups go where.
-
-    Returns:
-        (N,) TRAIN, VALIDATION, TEST or DROPPED.
-    """
-    rng = np.random.default_rng(seed)
-    result = np.full(len(groups), TRAIN, dtype=np.int64)
-    some_label = np.empty(groups.max() + 1, dtype=np.int64)
-    some_label[groups] = labels
-    disputed = groups[labels != some_label[groups]]
-    result[np.isin(groups, disputed)] = DROPPED
-    if held_out is not None:
-        result[np.isin(groups, groups[held_out])] = DROPPED
-        result[held_out] = TEST
-    for label in np.unique(labels):
-        members = np.flatnonzero((labels == label) & (result == TRAIN))
-        if held_out is None:
-            _move(result, groups, members, TEST, _TEST_SHARE * len(members), rng)
-        _move(result, groups, members[result[members] == TRAIN], VALIDATION, _VALIDATION_SHARE * len(members), rng)
-    return result
+def _task(data: str, told: Task | None) -> Task:
+    return (told or "classification") if data == PHANTOM else task_of(Path(data), told)
 
 
-def _move(
-    result: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],
-    members: npt.NDArray[np.int64],
-    split: int,
-    wanted: float,
-    rng: np.random.Generator,
-) -> None:
-    """Moves random whole groups of `members` to `split` until about `wanted` images are there, at least one group."""
-    numbers, sizes = np.unique(groups[members], return_counts=True)
-    if len(numbers) < 2:
-        return  # moving the only group would empty the split that it comes from
-    room = max(round(wanted), int(sizes.min()))
-    chosen = []
-    for position in rng.permutation(len(numbers)):
-        if sizes[position] <= room:
-            chosen.append(numbers[position])
-            room -= int(sizes[position])
-    result[members[np.isin(groups[members], chosen)]] = split
+def _refuse_missing_classes(root: Path, splits: Splits) -> None:
+    """Raises UserError unless every class is in every split, be it in one pixel."""
+    hint = "add distinct images of it"
+    if splits.task == "segmentation":
+        hint += ", and see that its masks are white where the lesion is and black elsewhere"
+    for part, title in ((splits.train, "training"), (splits.validation, "validation"), (splits.test, "test")):
+        for number, label in enumerate(splits.labels):
+            if not (part.labels == number).any():
+                raise UserError(
+                    f"{root}: no image of class '{label}' is left for the {title} split once near-duplicates "
+                    f"are kept together; {hint}"
+                )
 
 
-def _list_files(root: Path) -> tuple[list[_File], tuple[str, ...]]:
-    """Finds the images of a folder and its class names."""
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; name one with a folder a class, or 'phantom'")
-    training, testing = root / "Training", root / "Testing"
-    if testing.is_dir() and not training.is_dir():
-        raise UserError(f"--data {root}: there is a Testing folder but no Training folder beside it")
-    source = training if training.is_dir() else root
-    labels = tuple(folder.name for folder in _subfolders(source))
-    if len(labels) < 2:
-        raise UserError(f"--data {root}: {source} has {len(labels)} class folders; at least 2 are needed")
-    strangers = sorted({folder.name for folder in _subfolders(testing)} - set(labels)) if testing.is_dir() else []
-    if strangers:
-        raise UserError(f"--data {root}: Testing has the class '{strangers[0]}', which Training does not have")
-    files: list[_File] = []
-    ignored = 0
-    for base in (source, testing) if testing.is_dir() else (source,):
-        for number, label in enumerate(labels):
-            folder = base / label
-            entries = sorted(folder.iterdir()) if folder.is_dir() else []
-            paths = [path for path in entries if path.suffix.lower() in _SUFFIXES and path.is_file()]
-            if not paths:
-                raise UserError(f"--data {root}: {folder} holds no PNG or JPEG image")
-            ignored += len(entries) - len(paths)
-            files += [_File(path, path.relative_to(root).as_posix(), number, base == testing) for path in paths]
-    if ignored:
-        _log.info("%s: %d entries of class folders are no PNG or JPEG files and are ignored", root, ignored)
-    return files, labels
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _read_files(files: Sequence[_File], size: int, channels: int) -> tuple[Tensor, Tensor, list[bytes]]:
-    """Decodes files to images (N,C,H,W), thumbnails (N,h,w) and digests of their bytes."""
-
-    def read(file: _File) -> tuple[Tensor, Tensor, bytes]:
-        data = file.path.read_bytes()
-        try:
-            image = torch.from_numpy(decode_image(data, channels=channels, size=(size, size)))
-            large = torch.from_numpy(decode_image(data, channels=1, size=(_THUMBNAIL_SOURCE, _THUMBNAIL_SOURCE)))
-        except ServiceError as error:
-            raise UserError(f"{file.path}: {error}; replace or remove this file") from error
-        return image, thumbnails(large[None])[0], hashlib.sha256(data).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter's lock
-        images, thumbs, digests = zip(*pool.map(read, files), strict=True)
-    return torch.stack(images), torch.stack(thumbs), list(digests)
-
-
-def _fingerprint(files: Sequence[_File], digests: Sequence[bytes], assignment: npt.NDArray[np.int64]) -> str:
-    names = (file.name for file in files)
+def _fingerprint(contents: Contents, assignment: npt.NDArray[np.int64]) -> str:
     whole = hashlib.sha256()
-    for name, digest, split in sorted(zip(names, digests, assignment.tolist(), strict=True)):
+    for name, digest, split in sorted(zip(contents.names, contents.digests, assignment.tolist(), strict=True)):
         whole.update(f"{name}\0{digest.hex()}\0{split}\n".encode())
     return whole.hexdigest()
 
 
-def _phantom_splits(size: int, channels: int, seed: int) -> Splits:
-    images, labels = brain_phantoms(sum(_PHANTOM_COUNTS), size=size, seed=seed)
-    images = images.expand(-1, channels, -1, -1).contiguous()
+def _phantom_splits(task: Task, size: int, channels: int, seed: int) -> Splits:
+    counts = _PHANTOM_COUNTS[task]
+    classes: tuple[str, ...] = LESION_LABELS if task == "segmentation" else BRAIN_LABELS
+    if task == "segmentation":
+        images, masks = polyp_phantoms(sum(counts), size=size, seed=seed)
+        images = grey(images) if channels == 1 else images
+        labels = masks.squeeze(1).long()
+    else:
+        images, labels = brain_phantoms(sum(counts), size=size, seed=seed)
+        images = images.expand(-1, channels, -1, -1).contiguous()
     names = tuple(f"phantom-{seed}-{index:05d}" for index in range(len(labels)))
     whole = ImageSet(images, labels, names)
-    ends = np.cumsum(_PHANTOM_COUNTS)
+    ends = np.cumsum(counts)
     train, validation, test = (
-        whole.subset(np.arange(end - count, end)) for end, count in zip(ends, _PHANTOM_COUNTS, strict=True)
+        whole.subset(np.arange(end - count, end)) for end, count in zip(ends, counts, strict=True)
     )
-    fingerprint = hashlib.sha256((images * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
-    return Splits(PHANTOM, BRAIN_LABELS, train, validation, test, fingerprint)
+    digest = hashlib.sha256((images * 255).round().to(torch.uint8).numpy().tobytes())
+    if task == "segmentation":
+        digest.update(labels.to(torch.uint8).numpy().tobytes())
+    return Splits(PHANTOM, classes, train, validation, test, digest.hexdigest())

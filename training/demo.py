@@ -103,7 +103,7 @@ def _data_flags(arguments: argparse.Namespace) -> list[str]:
     """The arguments that all verbs share, as typed; those that have their default are left out."""
     defaults = build_parser()
     flags = ["--data", arguments.data]
-    for name in ("size", "channels", "split_seed", "seed"):
+    for name in ("task", "size", "channels", "split_seed", "seed"):
         value = getattr(arguments, name)
         if value != defaults.get_default(name):
             flags += [f"--{name.replace('_', '-')}", str(value)]

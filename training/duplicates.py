@@ -28,6 +28,11 @@ _FLAT: Final = 1e-6  # standard deviation below which an image has no structure 
 _BLOCK: Final = 2048
 
 
+def grey(images: Tensor) -> Tensor:
+    """Reduces images (N,3,H,W) to their ITU-R 601 luma, (N,1,H,W)."""
+    return (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
 def thumbnails(images: Tensor) -> Tensor:
     """Reduces images to grey thumbnails of box means.
 
@@ -38,7 +43,7 @@ def thumbnails(images: Tensor) -> Tensor:
         (N,32,32) float32.
     """
     if images.shape[1] == 3:
-        images = (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        images = grey(images)
     return F.adaptive_avg_pool2d(images, THUMBNAIL).squeeze(1)
 
 

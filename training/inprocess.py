@@ -33,7 +33,7 @@ class InProcessVictim:
     Differentiable wherever gradients are enabled and the images ask for one; the weights never get one.
 
     Args:
-        model: Maps (N,C,H,W) in [0,1] to logits (N,K); in evaluation mode.
+        model: Maps (N,C,H,W) in [0,1] to logits (N,K) or (N,K,H,W); in evaluation mode.
         labels: Names of the K classes.
         device: Where it runs.
     """
@@ -44,15 +44,18 @@ class InProcessVictim:
         self._device = device
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) float32 -> (N,K) float32 probabilities, as `services.hospital.app` computes them."""
+        """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities, as `services.hospital.app` computes them."""
         parts = images.to(self._device, torch.float32).split(CHUNK)
         scores = [self._model(part.clamp(0, 1)).float().softmax(dim=1) for part in parts]
         return torch.cat(scores).to(images.device)
 
     @torch.no_grad()
     def describe(self, image: Tensor) -> dict[str, object]:
-        """One image (C,H,W) -> the JSON answer."""
+        """One image (C,H,W) -> the JSON answer; a segmenter's is without the picture of the mask."""
         probabilities = self(image[None])[0]
+        if probabilities.dim() > 1:
+            share = (probabilities.argmax(0) != 0).double().mean().item()
+            return {"labels": list(self._labels), "lesion_fraction": share}
         return {
             "label": self._labels[int(probabilities.argmax())],
             "labels": list(self._labels),

@@ -26,7 +26,10 @@ Data and artifacts are known by their content instead: by a fingerprint, and by 
 def zo_flags(run: Run, arguments: argparse.Namespace) -> list[str]:
     """All flags of the `zo_fit` that a learned run is."""
     urls = arguments.victim_url or [f"in-process:{arguments.victim}"]
-    size = ["--size", str(arguments.size), "--channels", str(arguments.channels)]
+    size = ["--size", str(arguments.size)]
+    for name in ("task", "channels"):  # None until the data have told
+        if (value := getattr(arguments, name)) is not None:
+            size += [f"--{name}", str(value)]
     split = ["--split-seed", str(arguments.split_seed), *(["--published-test"] if arguments.published_test else [])]
     bound = ["--max-queries", str(run.budget)]
     if run.steps:

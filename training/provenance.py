@@ -23,9 +23,9 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, JsonValue]:
     return {name: plain(value) for name, value in vars(arguments).items()}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of this project and of the libraries that decide a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of this project, of the libraries that decide every result, and of `more` distributions."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("zo-gateway", "torch", "torchvision", "numpy")},
+        **{name: version(name) for name in ("zo-gateway", "torch", "torchvision", "numpy", *more)},
     }

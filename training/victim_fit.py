@@ -1,11 +1,18 @@
-"""Trains the hospital's classifier: the model that nobody may open.
+"""Trains the hospital's model: the one that nobody may open.
 
     python -m training.victim_fit --data phantom --out artifacts/victim
     python -m training.victim_fit --data ../shared/data/brain_mri --out artifacts/victim
+    python -m training.victim_fit --task segmentation --data phantom --out artifacts/victim
+    python -m training.victim_fit --data ../shared/data/kvasir_seg --out artifacts/victim
 
-Ordinary supervised training without any defence, on splits that no near-duplicate crosses. The epoch with the best
-validation accuracy is kept; the test images are classified once, at the end. Writes `model.safetensors`,
-`report.json`, and `example.png`, a test image to try a service with.
+Ordinary supervised training without any defence, on splits that no near-duplicate crosses: a VGG learns to classify
+images, a U-Net to segment them. The epoch with the best validation accuracy, or mean Dice, is kept; the test images are
+answered once, at the end. Writes `model.safetensors`, `report.json`, and `example.png`, a test image to try a service
+with.
+
+`report.json` holds, beside data, configuration, settings and versions, for `validation` and `test` each: `loss`,
+`count` of images, and of a classifier `accuracy` and the same by `classes`; of a segmenter the means `dice` and `iou`
+over images, `median_dice`, and in `small_lesions` these and `count` for lesions under 5% of their image.
 """
 
 import argparse
@@ -16,102 +23,44 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.files import replace_file
 from services.device import resolve_device
 from services.hospital.model import FILE_NAME, VictimConfig, build_victim, victim_bytes
+from services.hospital.networks import Depth
 from services.protocol.images import encode_png
 from training import cli
-from training.datasets import ImageSet, Splits, load_data
+from training.datasets import Splits, load_data, settle
 from training.provenance import settings_of, versions
+from training.victim_tasks import TASKS, Classification, VictimTask
 
 REPORT_NAME: Final = "report.json"
 EXAMPLE_NAME: Final = "example.png"
 
-_DEPTHS: Final = get_args(VictimConfig.model_fields["depth"].annotation)
-_BATCH: Final = 64
-_SCORING_BATCH: Final = 256
 _LEARNING_RATE: Final = 4e-3
 _WEIGHT_DECAY: Final = 0.02
 _AVERAGING: Final = 0.99  # share of the averaged weights that a step keeps
-_MAX_ANGLE: Final = math.radians(12)
-_MAX_SCALE: Final = 0.1
-_MAX_SHIFT: Final = 0.08  # of half the side
-_MAX_CONTRAST: Final = 0.15
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Score:
-    """How a model does on a set of images.
-
-    Attributes:
-        accuracy: Share of images classified rightly.
-        loss: Mean cross-entropy in nats.
-        correct: (K,) rightly classified images of each class.
-        count: (K,) images of each class.
-    """
-
-    accuracy: float
-    loss: float
-    correct: tuple[int, ...]
-    count: tuple[int, ...]
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Varies pose and contrast as between two scanners: flip, rotation, scale, shift, contrast, each image its own.
-
-    Args:
-        images: (N,C,H,W) in [0,1].
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        (N,C,H,W) in [0,1], black where the new frame shows what the old one did not.
-    """
-    count = len(images)
-    draws = (torch.rand((6, count), generator=generator) * 2 - 1).to(images.device)
-    angle, scale = draws[0] * _MAX_ANGLE, 1 + draws[1] * _MAX_SCALE
-    flip = torch.where(draws[2] < 0, -1.0, 1.0)
-    cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
-    rows = (cosine * flip, -sine, draws[3] * _MAX_SHIFT, sine * flip, cosine, draws[4] * _MAX_SHIFT)
-    pose = torch.stack(rows, dim=1).view(count, 2, 3)
-    grid = F.affine_grid(pose, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, align_corners=False)
-    return (moved * (1 + draws[5] * _MAX_CONTRAST).view(-1, 1, 1, 1)).clamp(0, 1)
-
-
-@torch.inference_mode()
-def score(model: nn.Module, data: ImageSet, classes: int, device: torch.device) -> Score:
-    """Classifies every image, with the model in evaluation mode."""
-    model.eval()
-    batches = [model(batch.to(device)).float().cpu() for batch in data.images.split(_SCORING_BATCH)]
-    logits = torch.cat(batches)
-    right = data.labels[logits.argmax(1) == data.labels]
-    correct = torch.bincount(right, minlength=classes).tolist()
-    count = torch.bincount(data.labels, minlength=classes).tolist()
-    loss = F.cross_entropy(logits, data.labels).item()
-    return Score(len(right) / len(data), loss, tuple(correct), tuple(count))
-
-
-def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
+def fit(model: nn.Module, task: VictimTask, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
     """Trains the model in place and leaves it as it was at its best epoch.
 
     AdamW with a one-cycle learning rate. What is validated and kept is the exponential average of the weights over the
     last hundred steps or so: the weights themselves swing by many per cent from one epoch to the next. The best epoch
-    is that of the highest validation accuracy, of several the one with the lowest validation loss.
+    is that of the highest validation score, of several the one with the lowest validation loss.
 
     Args:
         model: On `device`.
+        task: What it is trained for.
         splits: The test part is not looked at.
         epochs: Passes over the training images.
         seed: Order of the images and augmentation.
@@ -121,9 +70,8 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
         The best epoch, from 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = len(splits.labels)
     images, labels = splits.train.images.to(device), splits.train.labels.to(device)
-    steps = math.ceil(len(images) / _BATCH)
+    steps = math.ceil(len(images) / task.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=epochs * steps, pct_start=0.2)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING), use_buffers=True)
@@ -134,24 +82,23 @@ def fit(model: nn.Module, splits: Splits, *, epochs: int, seed: int, device: tor
         # Equal chunks: a last batch of one image would break the batch normalisation.
         for chosen in torch.randperm(len(images), generator=generator).tensor_split(steps):
             chosen = chosen.to(device)
-            loss = F.cross_entropy(model(augment(images[chosen], generator)), labels[chosen])
+            varied, targets = task.augment(images[chosen], labels[chosen], generator)
+            loss = task.loss(model(varied), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             averaged.update_parameters(model)
             total += loss.item() * len(chosen)
-        validation = score(averaged.module, splits.validation, classes, device)
-        rank = (validation.accuracy, -validation.loss)
-        if rank > best_rank:
-            best_rank, best_epoch, best_state = rank, epoch, copy.deepcopy(averaged.module.state_dict())
+        validation = task.score(averaged.module, splits.validation, device)
+        if validation.rank > best_rank:
+            best_rank, best_epoch, best_state = validation.rank, epoch, copy.deepcopy(averaged.module.state_dict())
         _log.info(
-            "epoch %d/%d: training loss %.3f, validation loss %.3f, accuracy %.1f%%%s",
+            "epoch %d/%d: training loss %.3f, validation %s%s",
             epoch,
             epochs,
             total / len(images),
-            validation.loss,
-            100 * validation.accuracy,
+            validation,
             " (best)" if best_epoch == epoch else "",
         )
     model.load_state_dict(best_state)
@@ -195,9 +142,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_device_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("artifacts/victim"), help="folder to write to")
-    parser.add_argument("--width", type=cli.positive_float, default=0.125, help="share of VGG's channels, at most 1")
-    parser.add_argument("--depth", choices=_DEPTHS, default="vgg11", help="which VGG (default vgg11)")
-    parser.add_argument("--epochs", type=cli.positive_int, default=30, help="passes over the images (default 30)")
+    parser.add_argument(
+        "--width",
+        type=cli.positive_float,
+        help=f"share of the network's channels, at most 1 (default {_by_task('width')})",
+    )
+    parser.add_argument(
+        "--depth", choices=get_args(Depth), help=f"which VGG, to classify (default {Classification.depth})"
+    )
+    parser.add_argument(
+        "--epochs", type=cli.positive_int, help=f"passes over the images (default {_by_task('epochs')})"
+    )
     return cli.run(_run, parser, argv)
 
 
@@ -205,7 +160,13 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     device = resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
+    settle(arguments)
+    kind = TASKS[arguments.task]
+    for name in ("width", "depth", "epochs"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(kind, name))
     settings = {
+        "task": arguments.task,
         "channels": arguments.channels,
         "size": (arguments.size, arguments.size),
         "width": arguments.width,
@@ -215,9 +176,10 @@ def _run(arguments: argparse.Namespace) -> int:
     splits = load_data(arguments)
     config = _configure(splits.labels, settings)
     model = build_victim(config).to(device).to(memory_format=torch.channels_last)
-    best_epoch = fit(model, splits, epochs=arguments.epochs, seed=arguments.seed, device=device)
+    task = kind(splits.labels)
+    best_epoch = fit(model, task, splits, epochs=arguments.epochs, seed=arguments.seed, device=device)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    scores = {title: score(model, parts[title], len(splits.labels), device) for title in ("validation", "test")}
+    scores = {title: task.score(model, parts[title], device) for title in ("validation", "test")}
     report = {
         "data": splits.name,
         "fingerprint": splits.fingerprint,
@@ -226,16 +188,21 @@ def _run(arguments: argparse.Namespace) -> int:
         "settings": settings_of(arguments),
         "best_epoch": best_epoch,
         "images": {title: len(part) for title, part in parts.items()},
-        **{title: _score_report(result, splits.labels) for title, result in scores.items()},
-        "versions": versions(),
+        **{title: score.report() for title, score in scores.items()},
+        "versions": versions(*task.libraries),
         "seconds": round(time.monotonic() - started, 1),
     }
     path = save_victim(arguments.out, model, config)
     replace_file(arguments.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
     replace_file(arguments.out / EXAMPLE_NAME, encode_png(splits.test.images[0].numpy()))
-    _print_score(scores["test"], splits.labels)
+    print(scores["test"].table())
     print(f"Written: {path}, {REPORT_NAME} and {EXAMPLE_NAME}, after {report['seconds']} s")
     return 0
+
+
+def _by_task(name: str) -> str:
+    """What --help says of a default that depends on the task."""
+    return ", ".join(f"{getattr(task, name)} for {title}" for title, task in TASKS.items())
 
 
 def _configure(labels: tuple[str, ...], settings: dict[str, Any]) -> VictimConfig:
@@ -245,21 +212,6 @@ def _configure(labels: tuple[str, ...], settings: dict[str, Any]) -> VictimConfi
         problem = error.errors()[0]
         option = f"--{problem['loc'][0]}: " if problem["loc"] else ""
         raise cli.UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from error
-
-
-def _score_report(result: Score, labels: Sequence[str]) -> dict[str, Any]:
-    classes = {
-        label: {"accuracy": correct / count, "correct": correct, "count": count}
-        for label, correct, count in zip(labels, result.correct, result.count, strict=True)
-    }
-    return {"accuracy": result.accuracy, "loss": result.loss, "count": sum(result.count), "classes": classes}
-
-
-def _print_score(result: Score, labels: Sequence[str]) -> None:
-    width = max(map(len, labels))
-    for label, correct, count in zip(labels, result.correct, result.count, strict=True):
-        print(f"{label:<{width}}  {100 * correct / count:5.1f}%  ({correct} of {count})")
-    print(f"{'test':<{width}}  {100 * result.accuracy:5.1f}%  ({sum(result.correct)} of {sum(result.count)})")
 
 
 if __name__ == "__main__":

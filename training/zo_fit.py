@@ -71,6 +71,7 @@ MAY_CHANGE = frozenset(
         "device",
         "out",
         "keep_surrogate",
+        "task",  # the data's fingerprint tells it too, and runs from before there were two tasks did not note it
     }
 )
 """Settings that a resumed run may have otherwise than the run it continues."""

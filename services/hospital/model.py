@@ -1,29 +1,34 @@
-"""The hospital's classifier: torchvision's VGG, narrowed to the data, and its one file on disk.
+"""The hospital's model: what it is, and its one file on disk.
 
 A victim directory holds `model.safetensors`: the weights, and in the header's metadata the configuration as JSON.
 Nothing that is loaded here can execute code.
 """
 
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.vgg import VGG, cfgs, make_layers
+from torch import nn
 
+from services.hospital.networks import (
+    CLASSIFIER_SIDE,
+    SEGMENTER_MULTIPLE,
+    SEGMENTER_SIDE,
+    Depth,
+    classifier,
+    folded,
+    segmenter,
+)
 from services.protocol.errors import ServiceError
 
 FILE_NAME: Final = "model.safetensors"
 FORMAT: Final = "zo-gateway-victim-1"
-MINIMUM_SIDE: Final = 32  # five halvings leave one pixel
 
-_PLANS: Final = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}  # torchvision's letters
-_POOLED_SIDE: Final = 2  # torchvision pools to 7 x 7 for 224 px; 2 x 2 is what 64 px leave
-_CHANNEL_MULTIPLE: Final = 8  # whole vector registers
+Task = Literal["classification", "segmentation"]
+"""What a model answers: a class for an image, or a class for every pixel."""
 
 
 class VictimFileError(ServiceError):
@@ -35,35 +40,49 @@ class VictimConfig(BaseModel):
 
     Attributes:
         labels: Class names, in the order of the scores.
+        task: Whether it classifies images (a VGG), or their pixels (a U-Net).
         channels: 1 (grey) or 3 (red, green, blue).
-        size: Height and width of the input in pixels, each at least 32.
-        width: Factor on torchvision's channel counts (64 to 512), rounded to multiples of 8.
-        depth: Which of torchvision's VGG plans.
+        size: Height and width of the input in pixels, each at least 32; a segmenter's are multiples of 16.
+        width: Factor on the network's channel counts (64 to 512 of a VGG, 64 to 256 of a U-Net), rounded to multiples
+            of 8.
+        depth: Which of torchvision's VGG plans, vgg11 unless it is told; None for a segmenter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: tuple[str, ...] = Field(min_length=2)
+    task: Task = "classification"
     channels: Literal[1, 3] = 1
     size: tuple[int, int] = (64, 64)
     width: float = Field(default=0.25, gt=0, le=1)
-    depth: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg11"
+    depth: Depth | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_depth(cls, fields: Any) -> Any:
+        """Puts in the depth that depends on the task."""
+        if isinstance(fields, dict) and fields.get("task", "classification") == "classification":
+            return {"depth": "vgg11", **fields}
+        return fields
 
     def model_post_init(self, _context: object) -> None:
         """Checks what the field types cannot say."""
-        if min(self.size) < MINIMUM_SIDE:
-            raise ValueError(
-                f"size must be at least {MINIMUM_SIDE} x {MINIMUM_SIDE}, got {self.size[0]} x {self.size[1]}"
-            )
+        height, width = self.size
+        if self.task == "segmentation":
+            if min(self.size) < SEGMENTER_SIDE or height % SEGMENTER_MULTIPLE or width % SEGMENTER_MULTIPLE:
+                raise ValueError(
+                    f"a segmenter's size must be multiples of {SEGMENTER_MULTIPLE}, at least {SEGMENTER_SIDE} x "
+                    f"{SEGMENTER_SIDE}, got {height} x {width}"
+                )
+            if self.depth is not None:
+                raise ValueError(f"depth {self.depth} names a classifier's plan: a segmenter takes none, only a width")
+        else:
+            if min(self.size) < CLASSIFIER_SIDE:
+                raise ValueError(f"size must be at least {CLASSIFIER_SIDE} x {CLASSIFIER_SIDE}, got {height} x {width}")
+            if self.depth is None:
+                raise ValueError("a classifier needs a depth")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
-
-
-class _Normalize(nn.Module):
-    """Maps [0,1] to [-2,2], about zero mean and unit variance."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - 0.5) * 4.0
 
 
 def build_victim(config: VictimConfig) -> nn.Module:
@@ -73,30 +92,15 @@ def build_victim(config: VictimConfig) -> nn.Module:
         config: Its shape.
 
     Returns:
-        A module that maps images (N,C,H,W) float32 in [0,1] to logits (N,K); normalisation is its first layer.
+        A module that maps images (N,C,H,W) float32 in [0,1] to logits, (N,K) of a classifier and (N,K,H,W) of a
+        segmenter; normalisation is its first layer.
+
+    Raises:
+        ServiceError: A segmenter needs MONAI, and it is not installed.
     """
-    plan: list[str | int] = [
-        "M" if step == "M" else _narrowed(int(step), config.width) for step in cfgs[_PLANS[config.depth]]
-    ]
-    features = make_layers(plan, batch_norm=True)
-    first = cast(nn.Conv2d, features[0])
-    if config.channels != first.in_channels:
-        features[0] = nn.Conv2d(config.channels, first.out_channels, kernel_size=3, padding=1)
-    with torch.device("meta"):  # torchvision's head has 120 million weights and is replaced at once: never allocate it
-        model = VGG(features, init_weights=False)
-    last = int(plan[-2])
-    model.avgpool = nn.AdaptiveAvgPool2d(_POOLED_SIDE)
-    model.classifier = nn.Sequential(
-        nn.Linear(last * _POOLED_SIDE**2, last),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.3),
-        nn.Linear(last, len(config.labels)),
-    )
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(cast(Tensor, module.bias))
-    return nn.Sequential(_Normalize(), model)
+    if config.depth is None:
+        return segmenter(config.channels, len(config.labels), width=config.width)
+    return classifier(config.channels, len(config.labels), width=config.width, depth=config.depth)
 
 
 def victim_bytes(model: nn.Module, config: VictimConfig) -> bytes:
@@ -119,6 +123,7 @@ def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:
 
     Raises:
         VictimFileError: The file is missing, no victim's file, or its weights do not fit its configuration.
+        ServiceError: A segmenter needs MONAI, and it is not installed.
     """
     path = Path(directory) / FILE_NAME
     if not path.is_file():
@@ -141,22 +146,4 @@ def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:
         raise VictimFileError(f"{path} has a malformed configuration: {where}: {problem['msg']}") from error
     except RuntimeError as error:
         raise VictimFileError(f"{path} holds weights that do not fit its configuration {config}") from error
-    return _folded(model.eval()).to(memory_format=torch.channels_last), config
-
-
-def _folded(model: nn.Module) -> nn.Module:
-    """Folds the batch normalisations, in place; the function stays the same up to rounding."""
-    vgg = cast(VGG, cast(nn.Sequential, model)[1])
-    layers: list[nn.Module] = []
-    for layer in cast(nn.Sequential, vgg.features):
-        if isinstance(layer, nn.BatchNorm2d):
-            layers[-1] = fuse_conv_bn_eval(cast(nn.Conv2d, layers[-1]), layer)
-        else:
-            layers.append(layer)
-    vgg.features = nn.Sequential(*layers)
-    return model
-
-
-def _narrowed(channels: int, width: float) -> int:
-    """Returns the scaled channel count, a multiple of 8 and at least 8."""
-    return max(_CHANNEL_MULTIPLE, round(channels * width / _CHANNEL_MULTIPLE) * _CHANNEL_MULTIPLE)
+    return folded(model.eval()).to(memory_format=torch.channels_last), config

@@ -45,6 +45,24 @@ def test_only_the_victims_trainer_and_the_attacker_know_the_victim():
         assert not knows or path.name in MAY_KNOW_THE_VICTIM, path
 
 
+def test_monai_is_imported_where_it_is_used_and_nowhere_else():
+    """Its import takes seconds, which a classifier's hospital, the gateway and `zo_fit` need not wait."""
+    users = set()
+    for package in ("defense", "services", "training"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            found = {
+                node
+                for node in ast.walk(tree)
+                if (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "monai")
+                or (isinstance(node, ast.Import) and any(name.name.startswith("monai") for name in node.names))
+            }
+            assert not found & set(tree.body), f"{path}: import MONAI inside the function that needs it"
+            if found:
+                users.add(path.relative_to(ROOT).as_posix())
+    assert "services/hospital/networks.py" in users
+
+
 def test_modules_stay_short():
     for package in ("defense", "services", "training"):
         for path in (ROOT / package).rglob("*.py"):

@@ -1,3 +1,5 @@
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,11 @@ def test_an_images_answer_does_not_depend_on_its_batch() -> None:
         ({"channels": 2}, "1 or 3"),
         ({"depth": "vgg12"}, "vgg11"),
         ({"surprise": 1}, "Extra inputs"),
+        ({"depth": None}, "needs a depth"),
+        ({"task": "detection"}, "classification"),
+        ({"task": "segmentation", "size": (64, 40)}, "multiples of 16, at least 32 x 32, got 64 x 40"),
+        ({"task": "segmentation", "size": (16, 64)}, "multiples of 16, at least 32 x 32, got 16 x 64"),
+        ({"task": "segmentation", "depth": "vgg11"}, "a segmenter takes none"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, object], words: str) -> None:
@@ -71,6 +78,37 @@ def test_saved_and_loaded_victims_answer_alike(tmp_path: Path) -> None:
     assert not loaded.training
     assert torch.allclose(loaded(images), model.eval()(images), atol=1e-5)
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("labels", [LABELS, ("background", "polyp")])
+def test_saved_and_loaded_segmenters_answer_alike(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    config = VictimConfig(task="segmentation", labels=labels, channels=3, size=(32, 48), width=0.125)
+    model = build_victim(config)
+    model(torch.rand(4, 3, 32, 48))  # moves the running statistics
+    save_victim(tmp_path, model, config)
+    loaded, loaded_config = load_victim(tmp_path)
+    images = torch.rand(3, 3, 32, 48)
+    assert loaded_config == config
+    assert loaded(images).shape == (3, len(labels), 32, 48)
+    assert torch.allclose(loaded(images), model.eval()(images), atol=1e-5)
+
+
+def test_a_file_from_before_there_were_two_tasks_is_a_classifiers(tmp_path: Path) -> None:
+    config = VictimConfig(labels=LABELS, width=0.125)
+    old = {name: value for name, value in config.model_dump(mode="json").items() if name != "task"}
+    state = {name: tensor.contiguous() for name, tensor in build_victim(config).state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": FORMAT, "config": json.dumps(old)})
+    assert load_victim(tmp_path)[1] == config
+    assert config.task == "classification"
+    assert config.depth == "vgg11"
+
+
+def test_a_hospital_without_monai_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = VictimConfig(task="segmentation", labels=LABELS, width=0.125)
+    save_victim(tmp_path, build_victim(config), config)
+    monkeypatch.setitem(sys.modules, "monai.networks.nets", None)  # as if it were not there
+    with pytest.raises(ServiceError, match=r"pip install 'zo-gateway\[segmentation\]'"):
+        load_victim(tmp_path)
 
 
 def test_a_missing_victim_is_told_with_what_to_do(tmp_path: Path) -> None:

@@ -49,6 +49,21 @@ def test_it_answers_what_the_hospital_answers(folder):
     assert answer["probabilities"] == pytest.approx(told["probabilities"], abs=1e-2)  # of an 8-bit image
 
 
+def test_a_segmenter_says_how_much_of_the_image_is_lesion(tmp_path):
+    config = VictimConfig(task="segmentation", labels=("background", "polyp"), channels=3, size=(32, 32), width=0.125)
+    torch.manual_seed(0)
+    (tmp_path / FILE_NAME).write_bytes(victim_bytes(build_victim(config), config))
+    images = torch.rand(3, 3, 32, 32)
+    part = ImageSet(images, torch.zeros(3, 32, 32, dtype=torch.int64), tuple("xyz"))
+    with in_process(tmp_path, CPU, Splits("d", config.labels, part, part, part, "f")) as victim:
+        scores = victim(images)
+        answer = victim.describe(images[1])
+    assert scores.shape == (3, 2, 32, 32)
+    torch.testing.assert_close(scores.sum(1), torch.ones(3, 32, 32))
+    share = (scores[1, 1] > scores[1, 0]).float().mean().item()
+    assert answer == {"labels": ["background", "polyp"], "lesion_fraction": pytest.approx(share)}
+
+
 def test_images_of_any_range_and_number_are_answered_with_distributions(folder):
     with in_process(folder, CPU, splits()) as victim:
         images = 3 * torch.randn(130, 1, 32, 32)

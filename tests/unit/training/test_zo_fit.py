@@ -220,6 +220,13 @@ def test_a_gradient_that_is_not_finite_is_not_applied(fit, tmp_path, capsys):
     assert Checkpoint.load(tmp_path / "out").state["step"] == 0
 
 
+def test_a_run_that_did_not_note_its_task_is_resumed(fit, capsys):
+    assert fit("--steps", "1") == 0
+    assert fit("--steps", "2", "--resume", "--task", "classification") == 0
+    assert fit("--steps", "3", "--resume", "--channels", "3") == 2
+    assert "channels was None, is 3" in capsys.readouterr().err
+
+
 def test_pretraining_on_another_split_is_told(fit, monkeypatch, caplog):
     monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: replace(SPLITS, fingerprint="e" * 64))
     assert fit("--steps", "1") == 0

@@ -1,0 +1,13 @@
+import pytest
+
+from training import compare, zo_fit
+from training.learning import zo_flags
+from training.runs import Run
+
+
+@pytest.mark.parametrize("typed", [[], ["--task", "segmentation", "--channels", "1"], ["--channels", "3"]])
+def test_zo_fit_gets_the_task_and_the_channels_once_they_are_known(typed: list[str]) -> None:
+    arguments = compare.build_parser().parse_args(["--victim-url", "http://victim", *typed])
+    learned = zo_fit.build_parser().parse_args(zo_flags(Run("zo-ds", budget=600, seed=0), arguments))
+    assert (learned.task, learned.channels) == (arguments.task, arguments.channels)
+    assert (learned.data, learned.size) == (arguments.data, arguments.size)

@@ -1,0 +1,59 @@
+"""How well masks agree: Dice and IoU of the foreground, by MONAI, one number an image.
+
+Foreground is every class but 0. All functions take masks of class numbers, (N,H,W) int64, as answers and as truth.
+"""
+
+from typing import Final
+
+from torch import Tensor
+
+SMALL_LESION: Final = 0.05
+"""Share of the image below which a lesion is small. Dice forgives small ones least, so they are reported apart."""
+
+
+def dice(answers: Tensor, masks: Tensor) -> Tensor:
+    """Dice coefficient 2 |A and B| / (|A| + |B|) of each image.
+
+    Args:
+        answers: (N,H,W) int64 classes of a model.
+        masks: (N,H,W) int64 true classes.
+
+    Returns:
+        (N,) float32 in [0,1]; 1 where both are empty.
+    """
+    from monai.metrics import compute_dice  # takes seconds, and most that import this module need no metric
+
+    return compute_dice(_foreground(answers), _foreground(masks), ignore_empty=False).squeeze(1)
+
+
+def iou(answers: Tensor, masks: Tensor) -> Tensor:
+    """Intersection over union of each image.
+
+    Args:
+        answers: (N,H,W) int64 classes of a model.
+        masks: (N,H,W) int64 true classes.
+
+    Returns:
+        (N,) float32 in [0,1]; 1 where both are empty.
+    """
+    from monai.metrics import compute_iou
+
+    return compute_iou(_foreground(answers), _foreground(masks), ignore_empty=False).squeeze(1)
+
+
+def small_lesions(masks: Tensor) -> Tensor:
+    """Tells in which images there is a lesion, but a small one.
+
+    Args:
+        masks: (N,H,W) int64 true classes.
+
+    Returns:
+        (N,) bool: the foreground covers less than `SMALL_LESION` of the image, and something.
+    """
+    share = _foreground(masks).mean((1, 2, 3))
+    return (share > 0) & (share < SMALL_LESION)
+
+
+def _foreground(masks: Tensor) -> Tensor:
+    """Masks (N,H,W) to one float plane (N,1,H,W): 1 where the class is not 0."""
+    return (masks != 0).float().unsqueeze(1)
