@@ -6,108 +6,83 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.smoothing import BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
+from defense.segmentation_smoothing import certify_mask, mask_radius
+from defense.smoothing import ABSTAIN, BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
+from training.certificate_files import ClassLine, MaskLine, Settings, open_output
 from training.cli import UserError, positive_float, positive_int
 from training.datasets import ImageSet
 from training.measuring import number_list
 from training.results import bootstrap_interval
+from training.scoring import worst_case
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What determines every line of an output file, and so must not change when it is continued.
-
-    Attributes:
-        name: Name of the defence.
-        artifact: Id of the gateway's artifact; None for a bare victim.
-        dataset: Name of the data.
-        fingerprint: SHA-256 of the data.
-        split: "test" or "validation".
-        shape: (C,H,W) of the images.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        n0: Samples that choose the class.
-        n: Samples that bound its probability.
-        alpha: Probability that a certificate is wrong.
-        seed: Seed of split and noise; every image has its own stream, whichever others are certified.
-        stop_early: Whether images that the n0 samples show to be lost were spared the n samples.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    name: str
-    artifact: str | None
-    dataset: str
-    fingerprint: str
-    split: str
-    shape: tuple[int, int, int]
-    sigma: float
-    n0: int
-    n: int
-    alpha: float
-    seed: int
-    stop_early: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """One image.
-
-    Attributes:
-        index: Its place in the split.
-        name: Its name.
-        label: Its true class.
-        prediction: The smoothed class, or `ABSTAIN` (-1).
-        radius: Certified L2 radius, in units of [0,1]; 0 when abstained.
-        linf_radius_255: The L-inf ball inside it, in 1/255.
-        correct: Whether the prediction is the label.
-        queries: Images sent for it.
-        seconds: Time it took.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    index: int
-    name: str
-    label: int
-    prediction: int
-    radius: float
-    linf_radius_255: float
-    correct: bool
-    queries: int
-    seconds: float
-
-
-_SETTINGS = TypeAdapter(Settings)
-_LINE = TypeAdapter(Line)
+_TAU = 0.75
+_MASK_SAMPLES = 10, 100  # n0 and n that suffice for tau = 0.75: unanimous pixels pass Holm's test by far
+_CLASS_N0 = 100
 
 
 def add_certificate_arguments(parser: argparse.ArgumentParser, *, n: int, radii: list[float]) -> None:
-    """Adds --sigma, --n0, --n, --alpha and --radii, the last two with these defaults for n and radii."""
-    parser.add_argument("--sigma", type=positive_float, default=0.25, help="noise, in units of [0,1] (default 0.25)")
-    parser.add_argument("--n0", type=positive_int, default=100, help="samples that choose the class (default 100)")
-    parser.add_argument("--n", type=positive_int, default=n, help=f"samples that bound it (default {n})")
-    parser.add_argument("--alpha", type=_probability, default=0.001, help="failure probability (default 0.001)")
+    """Adds --sigma, --n0, --n, --alpha, --tau and --radii; `settle_certificate` fills in what depends on the task.
+
+    Args:
+        parser: Gets them.
+        n: Default of --n for classes.
+        radii: Default of --radii for classes.
+    """
+    n0_mask, n_mask = _MASK_SAMPLES
     told = ",".join(f"{radius:g}" for radius in radii)
-    parser.add_argument("--radii", type=number_list, default=radii, help=f"comma-separated L2 radii ({told})")
+    add = parser.add_argument
+    add("--sigma", type=positive_float, default=0.25, help="noise, in units of [0,1] (default 0.25)")
+    add("--n0", type=positive_int, help=f"samples that choose the class (default {_CLASS_N0}; of pixels {n0_mask})")
+    add("--n", type=positive_int, help=f"samples that bound it (default {n}; of pixels {n_mask})")
+    add("--alpha", type=_probability, default=0.001, help="failure probability (default 0.001)")
+    add("--tau", type=_majority, help=f"of masks: share of the samples that must agree on a pixel (default {_TAU})")
+    add("--radii", type=number_list, help=f"comma-separated L2 radii ({told}; of masks the one that tau gives)")
+    parser.set_defaults(class_n=n, class_radii=radii)
 
 
-def warn_of_radii(arguments: argparse.Namespace) -> None:
-    """Says what `add_certificate_arguments` asked for that no image can reach."""
-    reach = largest_radius(arguments.n, arguments.alpha, arguments.sigma)
-    print(f"The largest radius that n = {arguments.n} and alpha = {arguments.alpha:g} can certify is {reach:.3f}")
+def settle_certificate(arguments: argparse.Namespace, chosen: ImageSet) -> None:
+    """Fills in the arguments of `add_certificate_arguments` that were left out, and says what no image can reach.
+
+    Raises:
+        UserError: One of them means nothing for such labels.
+    """
+    if chosen.labels.ndim == 1:
+        if arguments.tau is not None:
+            raise UserError("--tau means nothing for images with one class each: leave it out")
+        arguments.n0, arguments.n = arguments.n0 or _CLASS_N0, arguments.n or arguments.class_n
+    else:
+        arguments.n0, arguments.n = arguments.n0 or _MASK_SAMPLES[0], arguments.n or _MASK_SAMPLES[1]
+        arguments.tau = arguments.tau or _TAU
+    reach = furthest(arguments.n, arguments.alpha, arguments.sigma, arguments.tau)
+    arguments.radii = radii_of(arguments, arguments.tau, reach)
+    if arguments.tau is None:
+        print(f"The largest radius that n = {arguments.n} and alpha = {arguments.alpha:g} can certify is {reach:.3f}")
+    else:
+        print(f"With tau = {arguments.tau:g}, whatever is certified of a mask is certified at radius {reach:.3f}")
     if beyond := [radius for radius in arguments.radii if radius > reach]:
-        logger.warning("never certified, however robust: radius %s; raise --n", ", ".join(f"{r:g}" for r in beyond))
+        how = "--n" if arguments.tau is None else "--tau"
+        logger.warning("never certified, however robust: radius %s; raise %s", ", ".join(f"{r:g}" for r in beyond), how)
+
+
+def furthest(n: int, alpha: float, sigma: float, tau: float | None) -> float:
+    """The largest L2 radius that can be certified; of masks, with `tau`, the only one."""
+    return largest_radius(n, alpha, sigma) if tau is None else mask_radius(tau, sigma)
+
+
+def radii_of(arguments: argparse.Namespace, tau: float | None, reach: float) -> list[float]:
+    """The radii to report: those of --radii, or the default of the task."""
+    radii: list[float] = arguments.radii or (arguments.class_radii if tau is None else [reach])
+    return radii
 
 
 def certify_image(
@@ -156,54 +131,11 @@ def certify_image(
         n0=n0,
         n=n,
         alpha=alpha,
-        generator=torch.Generator().manual_seed(random.Random(f"{seed}:{index}").getrandbits(63)),
+        generator=_noise_of(seed, index),
         batch=batch,
         give_up=None if stop_unless is None else hopeless,
     )
     return certificate, certificate.samples
-
-
-def open_output(path: Path, settings: Settings) -> dict[int, Line]:
-    """Prepares an output file: begins it, or reads what an earlier run left.
-
-    A last line without its end (the earlier run was killed while it wrote) is cut off; a first one begins anew.
-
-    Returns:
-        The lines that are there already, by index.
-
-    Raises:
-        UserError: The file is no such output, or was written with other settings. It is left as it is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.exists() else b""
-    beginning = (json.dumps(asdict(settings)) + "\n").encode()
-    if beginning.startswith(content) and content != beginning:
-        path.write_bytes(beginning)
-        return {}
-    earlier, done = _parse(path, content)
-    if earlier != settings:
-        old, new = asdict(earlier), asdict(settings)
-        changes = ", ".join(f"{key} was {old[key]}, is {new[key]}" for key in new if old[key] != new[key])
-        raise UserError(f"{path} was written with other settings ({changes}): name another file with --out")
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return done
-
-
-def read_output(path: Path) -> dict[int, Line]:
-    """The lines of an output file by index, while another process may be adding to it; none where there is no file."""
-    return _parse(path, path.read_bytes())[1] if path.exists() else {}
-
-
-def _parse(path: Path, content: bytes) -> tuple[Settings, dict[int, Line]]:
-    header, *lines = content[: content.rfind(b"\n") + 1].splitlines() or [b""]
-    try:
-        done = [_LINE.validate_json(line) for line in lines]
-        return _SETTINGS.validate_json(header), {line.index: line for line in done}
-    except ValidationError as error:
-        raise UserError(f"{path} is no output of this command: name another file with --out") from error
 
 
 def certify_images(
@@ -214,7 +146,7 @@ def certify_images(
     settings: Settings,
     *,
     batch: int = 1024,
-) -> list[Line]:
+) -> list[ClassLine | MaskLine]:
     """Certifies what an output file lacks, adding a line an image as soon as it is known.
 
     Args:
@@ -229,44 +161,82 @@ def certify_images(
         The lines of all images, in their order.
     """
     done = open_output(path, settings)
+    make = _class_line if settings.tau is None else _mask_line
     with path.open("a", encoding="utf-8") as file:
         for place, index in enumerate(tqdm(indices, desc=f"certify {settings.name}", unit="image", disable=None)):
             if index in done:
                 continue
-            begin = time.perf_counter()
-            label = int(chosen.labels[place])
-            certificate, queries = certify_image(
-                classifier,
-                chosen.images[place],
-                index,
-                sigma=settings.sigma,
-                n0=settings.n0,
-                n=settings.n,
-                alpha=settings.alpha,
-                seed=settings.seed,
-                batch=batch,
-                stop_unless=label if settings.stop_early else None,
-            )
-            line = Line(
-                index=index,
-                name=chosen.names[place],
-                label=label,
-                prediction=certificate.label,
-                radius=certificate.radius,
-                linf_radius_255=255 * linf_equivalent(certificate.radius, settings.shape),
-                correct=certificate.label == label,
-                queries=queries,
-                seconds=round(time.perf_counter() - begin, 3),
-            )
+            line = make(classifier, chosen.subset([place]), index, settings, batch)
             file.write(json.dumps(asdict(line)) + "\n")
             file.flush()
             done[index] = line
     return [done[index] for index in indices]
 
 
-def certified_accuracy(lines: Sequence[Line], radius: float, seed: int) -> tuple[float, float, float]:
-    """Share of images answered right with at least `radius`, and its 95% bootstrap interval."""
-    certified = np.array([line.correct and line.radius >= radius for line in lines], dtype=np.float64)
+def _class_line(classifier: BaseClassifier, one: ImageSet, index: int, settings: Settings, batch: int) -> ClassLine:
+    begin = time.perf_counter()
+    label = int(one.labels[0])
+    certificate, queries = certify_image(
+        classifier,
+        one.images[0],
+        index,
+        sigma=settings.sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        batch=batch,
+        stop_unless=label if settings.stop_early else None,
+    )
+    return ClassLine(
+        index=index,
+        name=one.names[0],
+        label=label,
+        prediction=certificate.label,
+        radius=certificate.radius,
+        linf_radius_255=255 * linf_equivalent(certificate.radius, settings.shape),
+        correct=certificate.label == label,
+        queries=queries,
+        seconds=round(time.perf_counter() - begin, 3),
+    )
+
+
+def _mask_line(classifier: BaseClassifier, one: ImageSet, index: int, settings: Settings, batch: int) -> MaskLine:
+    begin = time.perf_counter()
+    assert settings.tau is not None
+    certificate = certify_mask(
+        classifier,
+        one.images[0],
+        sigma=settings.sigma,
+        n0=settings.n0,
+        n=settings.n,
+        tau=settings.tau,
+        alpha=settings.alpha,
+        generator=_noise_of(settings.seed, index),
+        batch=batch,
+    )
+    dice, iou = worst_case(certificate.labels, one.labels[0])
+    return MaskLine(
+        index=index,
+        name=one.names[0],
+        radius=certificate.radius,
+        linf_radius_255=255 * linf_equivalent(certificate.radius, settings.shape),
+        queries=certificate.samples,
+        seconds=round(time.perf_counter() - begin, 3),
+        dice=dice,
+        iou=iou,
+        abstained=(certificate.labels == ABSTAIN).float().mean().item(),
+    )
+
+
+def _noise_of(seed: int, index: int) -> torch.Generator:
+    """The source of an image's noise, whichever others are certified."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}:{index}").getrandbits(63))
+
+
+def certified_score(lines: Sequence[ClassLine | MaskLine], radius: float, seed: int) -> tuple[float, float, float]:
+    """Mean of what is certified with at least `radius`, and its 95% bootstrap interval."""
+    certified = np.array([line.score if line.radius >= radius else 0.0 for line in lines], dtype=np.float64)
     return float(certified.mean()), *bootstrap_interval(certified, seed=seed)
 
 
@@ -274,4 +244,11 @@ def _probability(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
+def _majority(text: str) -> float:
+    value = float(text)
+    if not 0.5 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0.5 and below 1, got {text}")
     return value

@@ -16,16 +16,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from defense.smoothing import ABSTAIN, linf_equivalent
-from training.certificates import (
-    Line,
-    Settings,
-    add_certificate_arguments,
-    certified_accuracy,
-    certify_images,
-    warn_of_radii,
-)
+from training.certificate_files import ClassLine, MaskLine, Settings
+from training.certificates import add_certificate_arguments, certified_score, certify_images, settle_certificate
 from training.cli import positive_int, run
 from training.datasets import load_data
 from training.measuring import (
@@ -36,7 +31,7 @@ from training.measuring import (
     defence_name,
     identify,
 )
-from training.results import Row, accuracy_row, align, write_rows
+from training.results import Row, align, score_row, write_rows
 
 
 def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:
@@ -50,9 +45,9 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> in
 
 
 def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
-    warn_of_radii(arguments)
     splits = load_data(arguments)
     indices, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)
+    settle_certificate(arguments, chosen)
     path = arguments.out or Path("artifacts/certify") / f"{arguments.name}.jsonl"
     channels, height, width = chosen.images.shape[1:]
     with connect(arguments.url) as endpoint:
@@ -69,7 +64,8 @@ def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
             n=arguments.n,
             alpha=arguments.alpha,
             seed=arguments.seed,
-            stop_early=arguments.stop_early,
+            stop_early=arguments.stop_early and arguments.tau is None,
+            tau=arguments.tau,
         )
         lines = certify_images(endpoint, chosen, indices, path, settings, batch=arguments.batch)
     _report(lines, arguments.radii, settings)
@@ -78,33 +74,49 @@ def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
     return 0
 
 
-def _report(lines: Sequence[Line], radii: Sequence[float], settings: Settings) -> None:
-    table = [("L2 radius", "L-inf /255", "certified %", "95% interval")]
+def _report(lines: Sequence[ClassLine | MaskLine], radii: Sequence[float], settings: Settings) -> None:
+    metric = "%" if settings.tau is None else "Dice, %"
+    table = [("L2 radius", "L-inf /255", f"certified {metric}", "95% interval")]
     for radius in radii:
-        share, low, high = (100 * value for value in certified_accuracy(lines, radius, settings.seed))
+        share, low, high = (100 * value for value in certified_score(lines, radius, settings.seed))
         linf = 255 * linf_equivalent(radius, settings.shape)
         table.append((f"{radius:g}", f"{linf:.3f}", f"{share:.1f}", f"{low:.1f}-{high:.1f}"))
-    abstained = sum(line.prediction == ABSTAIN for line in lines)
+    masks = [line for line in lines if isinstance(line, MaskLine)]
+    if masks:
+        share = 100 * sum(line.abstained for line in masks) / len(masks)
+        abstained, test = f"{share:.1f}% of the pixels abstained", f", tau {settings.tau:g}"
+    else:
+        count = sum(isinstance(line, ClassLine) and line.prediction == ABSTAIN for line in lines)
+        abstained, test = f"{count} abstained", ""
     print(
-        f"{settings.name} on {settings.dataset}, {settings.split}: {len(lines)} images, {abstained} abstained "
-        f"(counted as wrong); sigma {settings.sigma:g}, n0 {settings.n0}, n {settings.n}, alpha {settings.alpha:g}"
+        f"{settings.name} on {settings.dataset}, {settings.split}: {len(lines)} images, {abstained} "
+        f"(counted as wrong); sigma {settings.sigma:g}, n0 {settings.n0}, n {settings.n}{test}, "
+        f"alpha {settings.alpha:g}"
     )
     print(align(table, left=0))
 
 
-def _rows(lines: Sequence[Line], radii: Sequence[float], settings: Settings, queries: int) -> list[Row]:
-    return [
-        accuracy_row(
-            [line.correct and line.radius >= radius for line in lines],
-            dataset=settings.dataset,
-            split=settings.split,
-            defence=settings.name,
-            queries=queries,
-            seed=settings.seed,
-            radius=radius,
-        )
-        for radius in radii
-    ]
+def _rows(lines: Sequence[ClassLine | MaskLine], radii: Sequence[float], settings: Settings, queries: int) -> list[Row]:
+    shared: dict[str, Any] = {
+        "dataset": settings.dataset,
+        "split": settings.split,
+        "defence": settings.name,
+        "queries": queries,
+        "seed": settings.seed,
+        "task": "classification" if settings.tau is None else "segmentation",
+    }
+    metrics = {"accuracy" if settings.tau is None else "dice": [line.score for line in lines]}
+    if masks := [line for line in lines if isinstance(line, MaskLine)]:
+        metrics["iou"] = [line.iou for line in masks]
+    rows = []
+    for radius in radii:
+        for metric, values in metrics.items():
+            held = [value if line.radius >= radius else 0.0 for line, value in zip(lines, values, strict=True)]
+            rows.append(score_row(held, **shared, metric=f"certified_{metric}", radius=radius))
+        if masks:
+            share = [line.abstained for line in masks]
+            rows.append(score_row(share, **shared, metric="abstained", radius=radius))
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,7 +31,8 @@ from defense.preprocessors import PREPROCESSORS
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from training import cli, pretrain, zo_fit
-from training.certificates import Settings, add_certificate_arguments, certify_images, read_output, warn_of_radii
+from training.certificate_files import Settings, read_output
+from training.certificates import add_certificate_arguments, certify_images, settle_certificate
 from training.checkpoint import Journal
 from training.cli import UserError
 from training.datasets import ImageSet, Splits, load_data
@@ -50,6 +51,7 @@ from training.meeting import add_answer_arguments
 from training.methods import METHODS, method_list
 from training.results import NO_DEFENCE
 from training.runs import Record, Run, build_front, certificates_path, finished, plan
+from training.scoring import main_score
 from training.summary import CLAIM, summarize
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Bench:
     device: torch.device
 
     def measure(self, run: Run) -> None:
-        """Measures the clean accuracy of a run, and certifies what its file lacks."""
+        """Measures the clean score of a run, and certifies what its file lacks."""
         begun = time.monotonic()
         arguments = self.arguments
         front, artifact = build_front(run, arguments.out, arguments.pretrained, self.device)
@@ -85,21 +87,21 @@ class Bench:
             logger.info("%s: measured before", run)
             return
         defended = Defended(front, self.endpoint, self.device)
-        right = (defended(self.chosen.images).argmax(dim=1) == self.chosen.labels).tolist()
+        clean = main_score(defended(self.chosen.images).argmax(dim=1), self.chosen.labels).tolist()
         Record(
             run=run,
             white_box=METHODS[run.method].white_box,
             victim="in process" if arguments.victim else "over HTTP",
             artifact=made,
             queries=0 if artifact is None else artifact.manifest.queries_spent,
-            clean=list(zip(self.indices, right, strict=True)),
+            clean=list(zip(self.indices, clean, strict=True)),
         ).save(arguments.out)
-        told = f"clean {100 * sum(right) / len(right):.1f}%"
+        told = f"clean {100 * sum(clean) / len(clean):.1f}%"
         if run.method != NO_DEFENCE:
             settings = replace(self.shared, name=str(run), artifact=made)
             path = certificates_path(arguments.out, run)
             lines = certify_images(defended, self.chosen, self.indices, path, settings)
-            told += f", certified {100 * sum(line.correct for line in lines) / len(lines):.1f}% at radius 0"
+            told += f", certified {100 * sum(line.score for line in lines) / len(lines):.1f}%"
         logger.info("%s: measured in %.0f s: %s", run, time.monotonic() - begun, told)
 
 
@@ -127,10 +129,10 @@ def _compare(arguments: argparse.Namespace, connect: zo_fit.Connect) -> int:
             bound = f"{run.steps} steps" if run.steps else f"{run.budget:,} queries"
             print(f"{run!s:<32} {bound:>16}  {_state(run, arguments.out)}")
         return 0
-    warn_of_radii(arguments)
     device = resolve_device(arguments.device)
     splits = load_data(arguments)
     indices, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)
+    settle_certificate(arguments, chosen)
     opened: AbstractContextManager[Endpoint]
     if arguments.victim:
         opened = in_process(arguments.victim, device, splits)
@@ -149,8 +151,8 @@ def _compare(arguments: argparse.Namespace, connect: zo_fit.Connect) -> int:
             fingerprint=splits.fingerprint,
             split=arguments.split,
             shape=(channels, height, width),
-            stop_early=not arguments.no_stop_early,
-            **{name: getattr(arguments, name) for name in ("sigma", "n0", "n", "alpha", "seed")},
+            stop_early=not arguments.no_stop_early and arguments.tau is None,
+            **{name: getattr(arguments, name) for name in ("sigma", "n0", "n", "alpha", "tau", "seed")},
         )
         _claim(arguments, shared, endpoint, splits, chosen)
         learner = connecting(endpoint) if arguments.victim else connect

@@ -163,9 +163,7 @@ def load_splits(
     contents = read(root, size, channels)
     groups = duplicate_groups(contents.thumbs)
     strata = contents.strata
-    if (
-        task == "segmentation"
-    ):  # a group is of one stratum, its first image's: near-duplicates may differ in their masks
+    if task == "segmentation":  # near-duplicates may differ in their masks: a group is of its first image's stratum
         strata = strata[np.unique(groups, return_index=True)[1]][groups]
     assignment = assign_splits(groups, strata, contents.held_out if published_test else None, seed)
     whole = ImageSet(contents.images, contents.labels, contents.names)

@@ -8,7 +8,9 @@ What an oblivious attacker gains: the attacks are crafted on the bare victim's w
 same images are then sent as float32 tensors to the victim's URL (defence "none") and to every gateway's. The attacker
 does not know of the gateway; an adaptive one would do better, and no number here bounds how much.
 
-DDN is minimum-norm and yields three metrics. `accuracy`: at the images that it made for the bare victim. `median_l2`
+Of a segmenter the scores are Dice and IoU, and the Dice of small lesions apart.
+
+DDN is minimum-norm and yields two metrics beside the scores at the images that it made for the bare victim. `median_l2`
 (no defence only): the median norm of its perturbations. `median_l2_scaled` (every defence): the median norm at which
 the defence errs when DDN's perturbations are scaled up (`defense.attacks.scaled_norms`): an oblivious upper bound, not
 an adaptive attack on the defence. Both medians are over the images that the bare victim gets right.
@@ -19,18 +21,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
+from defense.attacks import ATTACKS, attacks_on
 from services.device import resolve_device
 from services.hospital.model import load_victim
 from training.cli import UserError, add_device_argument, run
 from training.datasets import load_data
+from training.experiment import Defence, Experiment
 from training.measuring import (
     Connect,
     Endpoint,
@@ -41,125 +42,14 @@ from training.measuring import (
     identify,
     number_list,
 )
-from training.results import NO_DEFENCE, Row, bootstrap_interval, finite, format_table, write_rows
+from training.results import NO_DEFENCE, format_table, write_rows
+from training.scoring import SMALL, TITLES, main_metric
 from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05
 """Lead of the first over the second probability from which on weights and URL must agree on the class."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Defence:
-    """One line of the table: where it answers, and what it cost to learn."""
-
-    name: str
-    endpoint: Endpoint
-    queries: int
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Everything that the rows of one evaluation share.
-
-    Attributes:
-        dataset: Name of the data.
-        split: Name of the split.
-        seed: Seed of attacks and intervals.
-        model: The bare victim's weights, logits, on the device where the attacks run.
-        device: That device.
-        images: (N,C,H,W) float32 in [0,1], on the CPU.
-        labels: (N,) int64 true classes.
-        defences: Where the images are sent, the bare victim first.
-    """
-
-    dataset: str
-    split: str
-    seed: int
-    model: nn.Module
-    device: torch.device
-    images: Tensor
-    labels: Tensor
-    defences: tuple[Defence, ...]
-
-    def clean(self) -> list[Row]:
-        """Accuracy on the images as they are."""
-        return self._accuracies(self.images, "none", "none", None)
-
-    def bounded(self, attack: str, epsilon: float) -> list[Row]:
-        """Accuracy under one attack of size epsilon, in units of [0,1]."""
-        return self._accuracies(self._craft(attack, epsilon), attack, ATTACKS[attack].norm, epsilon)
-
-    def minimal(self, attack: str) -> list[Row]:
-        """Accuracy and median norms under one minimum-norm attack."""
-        adversarials = self._craft(attack, None)
-        rows = self._accuracies(adversarials, attack, ATTACKS[attack].norm, None)
-        norms = minimum_norms(
-            self.model, self.images.to(self.device), adversarials.to(self.device), self.labels.to(self.device)
-        ).cpu()
-        right = norms > 0
-        if not right.any():
-            logger.warning("%s: the bare victim gets no image right, so there are no norms to report", attack)
-            return rows
-        for defence in self.defences:
-            if defence.name == NO_DEFENCE:
-                rows.append(self._median(defence, attack, "median_l2", norms[right]))
-            scaled = scaled_norms(defence.endpoint, self.images[right], adversarials[right], self.labels[right])
-            rows.append(self._median(defence, attack, "median_l2_scaled", scaled))
-        return rows
-
-    def _craft(self, attack: str, epsilon: float | None) -> Tensor:
-        images, labels = self.images.to(self.device), self.labels.to(self.device)
-        return craft(attack, self.model, images, labels, epsilon, seed=self.seed).cpu()
-
-    def _accuracies(self, images: Tensor, attack: str, norm: str, epsilon: float | None) -> list[Row]:
-        rows = []
-        for defence in self.defences:
-            correct = (defence.endpoint(images).argmax(dim=1) == self.labels).double()
-            low, high = bootstrap_interval(correct.numpy(), seed=self.seed)
-            value = correct.mean().item()
-            rows.append(self._row(defence, attack, norm, epsilon, "accuracy", value, len(correct), low, high))
-            logger.info(
-                "%s%s: %s %.1f%%", attack, "" if epsilon is None else f" {epsilon:.4f}", defence.name, 100 * value
-            )
-        return rows
-
-    def _median(self, defence: Defence, attack: str, metric: str, norms: Tensor) -> Row:
-        values = norms.double().numpy()
-        low, high = bootstrap_interval(values, lambda drawn: np.median(drawn, axis=1), seed=self.seed)
-        median = float(np.median(values))
-        logger.info("%s: %s %s %.3f", attack, defence.name, metric, median)
-        return self._row(defence, attack, ATTACKS[attack].norm, None, metric, median, len(values), low, high)
-
-    def _row(
-        self,
-        defence: Defence,
-        attack: str,
-        norm: str,
-        epsilon: float | None,
-        metric: str,
-        value: float,
-        n: int,
-        low: float,
-        high: float,
-    ) -> Row:
-        return Row(
-            dataset=self.dataset,
-            task="classification",
-            split=self.split,
-            attack=attack,
-            norm=norm,
-            epsilon=epsilon,
-            defence=defence.name,
-            metric=metric,
-            value=finite(value),
-            n=n,
-            queries=defence.queries,
-            seed=self.seed,
-            low=finite(low),
-            high=finite(high),
-        )
 
 
 def check_weights(model: nn.Module, device: torch.device, endpoint: Endpoint, url: str, images: Tensor) -> None:
@@ -172,7 +62,8 @@ def check_weights(model: nn.Module, device: torch.device, endpoint: Endpoint, ur
         logits = torch.cat([model(part.to(device)).cpu() for part in torch.split(images, 128)])
     top = logits.softmax(dim=1).topk(2, dim=1)
     clear = top.values[:, 0] - top.values[:, 1] > CLEAR_MARGIN
-    differ = int((endpoint(images).argmax(dim=1) != top.indices[:, 0])[clear].sum())
+    wrong = clear & (endpoint(images).argmax(dim=1) != top.indices[:, 0])
+    differ = int(wrong.view(len(images), -1).any(dim=1).sum())
     if differ:
         raise UserError(
             f"--victim and --victim-url are different models: they disagree about {differ} of {len(images)} clean "
@@ -199,6 +90,10 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
     model = model.to(device).eval()
     splits = load_data(arguments)
     _, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)
+    possible = attacks_on(chosen.labels)
+    attacks = arguments.attacks or possible
+    if impossible := [attack for attack in attacks if attack not in possible]:
+        raise UserError(f"--attacks {', '.join(impossible)}: for segmenters only; {splits.name} has one class an image")
     if tuple(config.labels) != tuple(splits.labels):
         raise UserError(f"the victim knows the classes {list(config.labels)}, the data has {list(splits.labels)}")
     if tuple(chosen.images.shape[1:]) != (config.channels, *config.size):
@@ -223,6 +118,7 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
         check_weights(model, device, defences[0].endpoint, arguments.victim_url, chosen.images)
         experiment = Experiment(
             dataset=splits.name,
+            task=splits.task,
             split=arguments.split,
             seed=arguments.seed,
             model=model,
@@ -232,7 +128,7 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             defences=tuple(defences),
         )
         rows = experiment.clean()
-        for attack in arguments.attacks:
+        for attack in attacks:
             if ATTACKS[attack].minimum_norm:
                 rows += experiment.minimal(attack)
                 continue
@@ -241,7 +137,11 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
                 rows += experiment.bounded(attack, epsilon)
     write_rows(arguments.results, rows)
     print(f"{splits.name}, {arguments.split}, {len(chosen)} images; oblivious attacks, crafted on the bare victim")
-    print(format_table(rows))
+    for metric in dict.fromkeys((main_metric(chosen.labels), SMALL)):
+        shown = [row for row in rows if row.metric in (metric, "median_l2", "median_l2_scaled")]
+        if any(row.metric == metric for row in shown):
+            print(f"{TITLES[metric]}, in %")
+            print(format_table(shown))
     print(f"Rows added to {arguments.results}")
     return 0
 
@@ -256,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gateway", type=_gateway, action="append", default=[], metavar="NAME=URL", help="a gateway; may be repeated"
     )
     parser.add_argument(
-        "--attacks", type=_attacks, default=list(ATTACKS), help=f"comma-separated, of {', '.join(ATTACKS)} (all)"
+        "--attacks", type=_attacks, help=f"comma-separated, of {', '.join(ATTACKS)} (all that the task has)"
     )
     parser.add_argument(
         "--epsilons-linf", type=_levels, default=_levels("1,2,4,8"), help="comma-separated, in 1/255 (1,2,4,8)"

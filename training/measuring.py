@@ -21,6 +21,7 @@ from defense.files import replace_file
 from services.protocol.client import HTTPVictim
 from training.cli import UserError, add_data_arguments, positive_int
 from training.datasets import ImageSet, Splits
+from training.segmentation_metrics import small_lesions
 
 PATIENCE_S = 60.0
 """How long a measurement waits for a service that has gone away, in seconds."""
@@ -33,7 +34,7 @@ class Endpoint(Protocol):
     """The part of `HTTPVictim` that a measurement uses."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) float32 -> (N,K) float32 probabilities."""
+        """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities."""
 
     def describe(self, image: Tensor) -> dict[str, object]:
         """One image (C,H,W) -> the JSON answer."""
@@ -56,7 +57,7 @@ class Defended:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) float32 -> (N,K) float32 probabilities, on the device of the images."""
+        """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities, on the device of the images."""
         passed = [self._front(part.to(self._device, memory_format=torch.channels_last)) for part in images.split(CHUNK)]
         return self._victim(torch.cat(passed)).to(images.device)
 
@@ -116,7 +117,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to use (default test)")
     parser.add_argument(
-        "--limit", type=positive_int, help="use at most LIMIT images, stratified by class (default all)"
+        "--limit", type=positive_int, help="use at most LIMIT images, stratified by class or lesion size (default all)"
     )
     parser.add_argument("--results", type=Path, default=Path("artifacts/results.json"), help="rows are added here")
 
@@ -133,7 +134,7 @@ def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> t
     pool = splits.validation if split == "validation" else splits.test
     if len(pool) == 0:
         raise UserError(f"the {split} split of {splits.name} has no images: choose another --split or --data")
-    indices = stratified_order(pool.labels, limit, seed)
+    indices = stratified_order(pool.labels if pool.labels.ndim == 1 else small_lesions(pool.labels).long(), limit, seed)
     return indices, pool.subset(indices)
 
 

@@ -35,14 +35,17 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def plot_certified(groups: Sequence[Group], radii: Sequence[float], reach: float, title: str, path: Path) -> None:
-    """Draws certified accuracy against the L2 radius, each method at its largest budget.
+def plot_certified(
+    groups: Sequence[Group], radii: Sequence[float], reach: float, title: str, metric: str, path: Path
+) -> None:
+    """Draws the certified score against the L2 radius, each method at its largest budget.
 
     Args:
         groups: What was measured.
         radii: Where the curves get an interval.
         reach: The largest radius that can be certified.
         title: Above the picture.
+        metric: What the score is.
         path: The PNG.
     """
     with mpl.rc_context(_STYLE):
@@ -57,14 +60,16 @@ def plot_certified(groups: Sequence[Group], radii: Sequence[float], reach: float
                 beside = radius + (place - (len(shown) - 1) / 2) * 0.012 * reach
                 _bar(axes, beside, value, low, high, group)
         axes.set(
-            xlabel="L2 radius (pixel values in [0, 1])", ylabel="certified accuracy, %", ylim=(0, 100), title=title
+            xlabel="L2 radius (pixel values in [0, 1])", ylabel=f"certified {metric}, %", ylim=(0, 100), title=title
         )
         _legend(figure, shown, budget=True)
         _save(path)
 
 
-def plot_queries(groups: Sequence[Group], radii: Sequence[float], out: Path, title: str, path: Path) -> None:
-    """Draws accuracy against victim queries: as training went on, and certified, budget by budget.
+def plot_queries(
+    groups: Sequence[Group], radii: Sequence[float], out: Path, title: str, metric: str, path: Path
+) -> None:
+    """Draws the score against victim queries: as training went on, and certified, budget by budget.
 
     Methods without queries, and white boxes, are lines across.
 
@@ -73,6 +78,7 @@ def plot_queries(groups: Sequence[Group], radii: Sequence[float], out: Path, tit
         radii: One picture each.
         out: The comparison's folder, for the histories of training.
         title: Above the pictures.
+        metric: What the score is.
         path: The PNG.
     """
     with mpl.rc_context(_STYLE):
@@ -98,7 +104,9 @@ def plot_queries(groups: Sequence[Group], radii: Sequence[float], out: Path, tit
                 if group.radii is not None and not group.run.budget:
                     axes.axhline(_percent(group, radius)[0], **_looks(group))
             axes.set(
-                title=f"certified at radius {radius:g}", xlabel="victim queries spent", ylabel="certified accuracy, %"
+                title=f"certified at radius {radius:.3g}",
+                xlabel="victim queries spent",
+                ylabel=f"certified {metric}, %",
             )
         for axes in panels[0]:
             axes.set(ylim=(0, 100), xscale="log")  # budgets are multiples of each other

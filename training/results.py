@@ -30,14 +30,16 @@ class Row:
 
     Attributes:
         dataset: "brain_mri", "phantom" or a folder's name.
-        task: "classification".
+        task: "classification" or "segmentation".
         split: "test" or "validation".
         attack: A name of `defense.attacks.ATTACKS`, "none" for clean images, "certificate" for certified accuracy.
         norm: "linf", "l2", or "none".
         epsilon: Size of the perturbation, or certified radius, in units of [0,1]; None where there is no bound.
         defence: Name of the defence; `NO_DEFENCE` for the bare victim.
-        metric: "accuracy", "certified_accuracy", "median_l2", "median_l2_scaled", ...
-        value: The number; a share for accuracies. None stands for "beyond everything tried" (an infinite median).
+        metric: "accuracy", "dice", "iou", "dice_small" (lesions under a twentieth of the image), or "certified_...";
+            "abstained" (share of pixels), "median_l2", "median_l2_scaled", ...
+        value: The number; a share for accuracies and the like. None stands for "beyond everything tried" (an infinite
+            median).
         n: Images it was measured on.
         queries: Victim queries spent to learn the defence; 0 for none.
         seed: Seed of the command that measured it.
@@ -107,40 +109,44 @@ def replace_rows(path: Path, rows: Iterable[Row]) -> None:
     replace_file(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
-def accuracy_row(
-    hits: Sequence[bool],
+def score_row(
+    values: Sequence[float],
     *,
     dataset: str,
+    task: str,
     split: str,
     defence: str,
     queries: int,
     seed: int,
+    metric: str,
     radius: float | None = None,
 ) -> Row:
-    """The row of a share of images, with its interval.
+    """The row of a mean over images, with its interval.
 
     Args:
-        hits: Which of the images count as right, at least one.
+        values: One number an image, at least one; 1 and 0 for right and wrong.
         dataset: As in `Row`.
+        task: As in `Row`.
         split: As in `Row`.
         defence: As in `Row`.
         queries: As in `Row`.
         seed: As in `Row`; also of the resampling.
-        radius: At which certified L2 radius they are right; None: clean, without a certificate.
+        metric: As in `Row`.
+        radius: At which certified L2 radius they hold; None: clean, without a certificate.
     """
-    values = np.array(hits, dtype=np.float64)
-    low, high = bootstrap_interval(values, seed=seed)
+    array = np.array(values, dtype=np.float64)
+    low, high = bootstrap_interval(array, seed=seed)
     return Row(
         dataset=dataset,
-        task="classification",
+        task=task,
         split=split,
         attack="none" if radius is None else "certificate",
         norm="none" if radius is None else "l2",
         epsilon=radius,
         defence=defence,
-        metric="accuracy" if radius is None else "certified_accuracy",
-        value=float(values.mean()),
-        n=len(values),
+        metric=metric,
+        value=float(array.mean()),
+        n=len(array),
         queries=queries,
         seed=seed,
         low=low,
@@ -234,8 +240,10 @@ def finite(value: float) -> float | None:
 def format_table(rows: Sequence[Row]) -> str:
     """An aligned plain-text table: one line a defence, one column an attack and size, under two lines of heads.
 
-    Accuracies are printed in percent, norms in units of [0,1]; "inf" means beyond everything tried, "-" not measured.
-    Columns and lines stand in the order in which they first appear in `rows`, clean accuracy first.
+    Accuracies, Dice and the like are printed in percent, norms in units of [0,1]; "inf" means beyond everything tried,
+    "-" not measured.
+    Columns and lines stand in the order in which they first appear in `rows`, the clean images first. All shares in
+    `rows` have to be of one metric: no column says of which.
     """
     columns = list(dict.fromkeys(_column(row) for row in rows))
     columns.sort(key=lambda column: column != _CLEAN)  # stable: only the clean column moves
@@ -264,23 +272,28 @@ def align(lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 _CLEAN = ("clean", "%")
+_SHARES = ("accuracy", "dice", "iou", "dice_small", "abstained")
 
 
 def _line(row: Row) -> tuple[str, str, int, str, int]:
     return row.dataset, row.split, row.seed, row.defence, row.queries
 
 
+def _is_share(row: Row) -> bool:
+    return row.metric.removeprefix("certified_") in _SHARES
+
+
 def _column(row: Row) -> tuple[str, str]:
-    if row.attack == "none" and row.metric == "accuracy":
+    if row.attack == "none" and _is_share(row):
         return _CLEAN
     head = "certified" if row.attack == "certificate" else row.attack
     if row.epsilon is not None:
         size = f"{row.epsilon * 255:g}/255" if row.norm == "linf" else f"{row.epsilon:g}"
         return head, f"r={size}" if row.attack == "certificate" else size
-    return head, "%" if row.metric == "accuracy" else row.metric.replace("_", " ")
+    return head, "%" if _is_share(row) else row.metric.replace("_", " ")
 
 
 def _cell(row: Row) -> str:
     if row.value is None:
         return "inf"
-    return f"{100 * row.value:.1f}" if row.metric.endswith("accuracy") else f"{row.value:.3f}"
+    return f"{100 * row.value:.1f}" if _is_share(row) else f"{row.value:.3f}"

@@ -4,17 +4,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from defense.artifact import Artifact, load_artifact
 from defense.files import replace_file
 from defense.preprocessors import PREPROCESSORS
-from training.certificates import read_output
+from training.certificate_files import read_output
 from training.cli import UserError
 from training.methods import METHODS
 from training.results import NO_DEFENCE
@@ -63,7 +64,7 @@ class Record:
         victim: "in process" or "over HTTP".
         artifact: Id of its sanitizer; None where it has none.
         queries: Victim queries that it spent to learn.
-        clean: For each image measured, its index and whether the deterministic pass answers it right.
+        clean: For each image measured, its index and the score of the deterministic pass (`training.scoring`).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -73,7 +74,7 @@ class Record:
     victim: str
     artifact: str | None
     queries: int
-    clean: list[tuple[int, bool]]
+    clean: list[tuple[int, Annotated[float, Field(strict=False)]]]  # older records hold true and false
 
     def save(self, out: Path) -> None:
         """Writes it below the comparison's folder, atomically."""
@@ -124,12 +125,14 @@ class Group:
 
     Attributes:
         records: One a seed.
-        clean: (S,n) 1 where the deterministic pass is right.
-        radii: (S,n) certified radius where the smoothed answer is right, -1 elsewhere; None without certificates.
+        clean: (S,n) score of the deterministic pass: 1 where it is right, the Dice of a mask.
+        certified: (S,n) score of the smoothed answer; None without certificates.
+        radii: (S,n) radius within which that holds; None without certificates.
     """
 
     records: list[Record]
     clean: Array
+    certified: Array | None
     radii: Array | None
 
     @property
@@ -143,10 +146,12 @@ class Group:
         return round(sum(record.queries for record in self.records) / len(self.records))
 
     def hits(self, radius: float | None) -> Array | None:
-        """(S,n) 1 where an image counts: certified at a radius, or clean where that is None."""
+        """(S,n) the images' scores: what is certified at a radius, or clean where that is None."""
         if radius is None:
             return self.clean
-        return None if self.radii is None else (self.radii >= radius).astype(np.float64)
+        if self.radii is None or self.certified is None:
+            return None
+        return np.where(self.radii >= radius, self.certified, 0.0)
 
 
 def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
@@ -156,7 +161,7 @@ def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
         out: The comparison's folder.
         images: How many images a finished run has measured.
     """
-    found: dict[tuple[str, int, int | None], list[tuple[Record, list[bool], list[float] | None]]] = {}
+    found: dict[tuple[str, int, int | None], list[tuple[Record, list[tuple[float, float]] | None]]] = {}
     unfinished = []
     for record in read_records(out):
         lines = read_output(certificates_path(out, record.run))
@@ -166,14 +171,16 @@ def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
             unfinished.append(f"{record.run}: {done} of {images} images")
             continue
         order = [index for index, _ in record.clean]
-        certified = [lines[index].radius if lines[index].correct else -1.0 for index in order] if smoothed else None
+        pairs = [(lines[index].score, lines[index].radius) for index in order] if smoothed else None
         key = (record.run.method, record.run.budget, record.run.steps)
-        found.setdefault(key, []).append((record, [right for _, right in record.clean], certified))
+        found.setdefault(key, []).append((record, pairs))
     groups = []
     for members in found.values():
-        radii = [certified for *_, certified in members if certified is not None]
-        clean = np.array([right for _, right, _ in members], dtype=np.float64)
-        groups.append(Group([record for record, *_ in members], clean, np.array(radii) if radii else None))
+        records = [record for record, _ in members]
+        clean = np.array([[score for _, score in record.clean] for record in records], dtype=np.float64)
+        smooth = np.array([pairs for _, pairs in members if pairs is not None], dtype=np.float64)
+        certified, radii = (smooth[..., 0], smooth[..., 1]) if smooth.size else (None, None)
+        groups.append(Group(records, clean, certified, radii))
     return groups, unfinished
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from defense.files import replace_file
-from defense.smoothing import largest_radius, linf_equivalent
+from defense.smoothing import linf_equivalent
 from training import plots
+from training.certificates import furthest, radii_of
 from training.cli import UserError
 from training.measuring import locked
-from training.results import Row, accuracy_row, nested_interval, replace_rows
+from training.results import Row, nested_interval, replace_rows, score_row
 from training.runs import Group, read_groups
+from training.scoring import ACCURACY, DICE, TITLES
 
 CLAIM = "compare.json"
 """The file that holds what all runs in one folder share."""
@@ -24,24 +26,29 @@ def summarize(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if not (out / CLAIM).exists():
         raise UserError(f"{out} holds no comparison: leave out --summary, or name another --out")
-    radii, reference = arguments.radii, arguments.reference
+    reference = arguments.reference
     with locked(out / "locks" / "summary.lock", wait=True):  # so that the last one to write knows of everything
         notes = json.loads((out / CLAIM).read_bytes())
         groups, unfinished = read_groups(out, notes["images"])
-        fixed = {"dataset": notes["dataset"], "split": notes["split"], "seed": notes["seed"]}
-        reach = largest_radius(notes["n"], notes["alpha"], notes["sigma"])
+        tau = notes.get("tau")
+        metric = ACCURACY if tau is None else DICE
+        fixed = {"dataset": notes["dataset"], "split": notes["split"], "seed": notes["seed"], "metric": metric}
+        fixed["task"] = "classification" if tau is None else "segmentation"
+        reach = furthest(notes["n"], notes["alpha"], notes["sigma"], tau)
+        radii = radii_of(arguments, tau, reach)
         title = f"{notes['dataset']}, {notes['split']}: {notes['images']} images, sigma = {notes['sigma']:g}"
         victims = " and ".join(sorted({record.victim for group in groups for record in group.records}))
-        converted = ", ".join(f"{r:g} = {255 * linf_equivalent(r, tuple(notes['shape'])):.2f}/255" for r in radii)
+        converted = ", ".join(f"{r:.3g} = {255 * linf_equivalent(r, tuple(notes['shape'])):.2f}/255" for r in radii)
+        test = "" if tau is None else f", tau = {tau:g}"
         early = "the n samples are spared, and the image counts as abstained, where the n0 samples miss the true class"
         text = "\n".join(
             [
-                f"{title}, n0 = {notes['n0']}, n = {notes['n']}, alpha = {notes['alpha']:g}; victim {victims}.",
+                f"{title}, n0 = {notes['n0']}, n = {notes['n']}, alpha = {notes['alpha']:g}{test}; victim {victims}.",
                 "",
                 markdown_table(groups, radii, reference),
                 "",
-                "Accuracies in % with 95% bootstrap intervals over images and seeds; abstentions are wrong. Queries: "
-                "spent to learn, mean over seeds, validation included.",
+                f"{TITLES[metric]} in % with 95% bootstrap intervals over images and seeds; abstentions are wrong. "
+                "Queries: spent to learn, mean over seeds, validation included.",
                 f"Largest certifiable L2 radius {reach:.3f}; L2 in L-infinity: {converted}.",
                 *([f"Stopped early: {early}."] if notes["stop_early"] else []),
                 *([f"Unfinished: {'; '.join(unfinished)}."] if unfinished else []),
@@ -49,8 +56,8 @@ def summarize(arguments: argparse.Namespace) -> int:
         )
         replace_rows(out / "results.json", rows_of(groups, radii, reference, fixed))
         replace_file(out / "table.md", f"{text}\n".encode())
-        plots.plot_certified(groups, radii, reach, title, out / "certified.png")
-        plots.plot_queries(groups, radii, out, title, out / "queries.png")
+        plots.plot_certified(groups, radii, reach, title, TITLES[metric], out / "certified.png")
+        plots.plot_queries(groups, radii, out, title, TITLES[metric], out / "queries.png")
     print(f"{text}\n\nBelow {out}: results.json, table.md, certified.png, queries.png")
     return 0
 
@@ -62,7 +69,7 @@ def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fix
         groups: What was measured.
         radii: L2.
         reference: Name of the method that the others are compared with.
-        fixed: Dataset, split and seed of the measurement, as in `Row`.
+        fixed: Dataset, task, split, metric and seed of the measurement, as in `Row`.
     """
     rows: list[Row] = []
     for group in groups:
@@ -70,9 +77,10 @@ def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fix
             hits = group.hits(radius)
             if hits is None:
                 continue
-            for record, right in zip(group.records, hits.astype(bool), strict=True):
-                mine = {**fixed, "defence": group.run.method, "queries": record.queries, "seed": record.run.seed}
-                rows.append(accuracy_row(right.tolist(), **mine, radius=radius))
+            metric = fixed["metric"] if radius is None else f"certified_{fixed['metric']}"
+            for record, values in zip(group.records, hits, strict=True):
+                mine = {"defence": group.run.method, "queries": record.queries, "seed": record.run.seed}
+                rows.append(score_row(values.tolist(), **{**fixed, **mine, "metric": metric}, radius=radius))
             low, high = nested_interval(hits)
             last = rows[-1]
             mean = replace(last, metric=f"mean_{last.metric}", value=float(hits.mean()), low=low, high=high)
@@ -80,16 +88,23 @@ def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fix
             rows.append(mean)
             if lead := _lead(group, groups, reference, radius):
                 value, low, high = lead
-                metric = f"{mean.metric.removeprefix('mean_')}_minus_{reference}"
-                rows.append(replace(mean, metric=metric, value=value, low=low, high=high))
+                rows.append(replace(mean, metric=f"{metric}_minus_{reference}", value=value, low=low, high=high))
     return rows
 
 
 def markdown_table(groups: Sequence[Group], radii: Sequence[float], reference: str) -> str:
-    """One line a method and budget: what it cost, clean and certified accuracy, and its lead on the reference."""
-    against = [f"r={radius:g} minus {reference}" for radius in radii]
+    """One line a method and budget: what it cost, clean and certified score, and its lead on the reference."""
+    against = [f"r={radius:.3g} minus {reference}" for radius in radii]
     lines = [
-        ("method", "queries", "white box", "seeds", "clean", *(f"certified r={radius:g}" for radius in radii), *against)
+        (
+            "method",
+            "queries",
+            "white box",
+            "seeds",
+            "clean",
+            *(f"certified r={radius:.3g}" for radius in radii),
+            *against,
+        )
     ]
     for group in groups:
         white = group.records[0].white_box

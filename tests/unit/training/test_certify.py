@@ -10,7 +10,8 @@ from torch import Tensor
 
 from defense.smoothing import ABSTAIN
 from training import certify
-from training.certificates import Line, certified_accuracy, certify_image, read_output
+from training.certificate_files import ClassLine, read_output
+from training.certificates import certified_score, certify_image
 from training.results import read_rows
 
 
@@ -227,8 +228,8 @@ def test_reading_while_another_process_writes_leaves_the_file_alone(tmp_path: Pa
     assert path.read_bytes() == before
 
 
-def line(prediction: int, radius: float) -> Line:
-    return Line(
+def line(prediction: int, radius: float) -> ClassLine:
+    return ClassLine(
         index=0,
         name="",
         label=1,
@@ -243,7 +244,7 @@ def line(prediction: int, radius: float) -> Line:
 
 def test_abstained_and_wrong_images_are_never_certified() -> None:
     lines = [line(1, 0.5), line(1, 0.2), line(ABSTAIN, 0.0), line(0, 0.9)]
-    shares = [certified_accuracy(lines, radius, seed=0)[0] for radius in (0.0, 0.2, 0.3, 0.6)]
+    shares = [certified_score(lines, radius, seed=0)[0] for radius in (0.0, 0.2, 0.3, 0.6)]
     assert shares == [0.5, 0.5, 0.25, 0.0]
 
 

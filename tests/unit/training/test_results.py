@@ -8,7 +8,6 @@ import pytest
 from training.cli import UserError
 from training.results import (
     Row,
-    accuracy_row,
     align,
     bootstrap_interval,
     finite,
@@ -16,6 +15,7 @@ from training.results import (
     nested_interval,
     read_rows,
     replace_rows,
+    score_row,
     write_rows,
 )
 
@@ -155,12 +155,12 @@ def test_rows_are_replaced_whatever_was_there(tmp_path: Path) -> None:
 
 def test_row_of_hits_is_their_share_with_its_interval() -> None:
     hits = [True, True, False, True] * 10
-    common = {"dataset": "d", "split": "test", "defence": "x", "queries": 3, "seed": 2}
-    row = accuracy_row(hits, **common, radius=0.25)
+    common = {"dataset": "d", "task": "classification", "split": "test", "defence": "x", "queries": 3, "seed": 2}
+    row = score_row(hits, **common, metric="certified_accuracy", radius=0.25)
     assert (row.attack, row.norm, row.epsilon, row.metric) == ("certificate", "l2", 0.25, "certified_accuracy")
     assert (row.value, row.n, row.queries, row.seed) == (0.75, 40, 3, 2)
     assert (row.low, row.high) == bootstrap_interval([float(hit) for hit in hits], seed=2)
-    clean = accuracy_row(hits, **common)
+    clean = score_row(hits, **common, metric="accuracy")
     assert (clean.attack, clean.norm, clean.epsilon, clean.metric) == ("none", "none", None, "accuracy")
 
 
