@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= phantom
+TASK ?=
 OUT ?= artifacts
 CODE := defense services training benchmarks tests
 
@@ -22,8 +23,8 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed ## Make the virtual environment and install everything into it.
 
-demo: install ## The main job end to end on DATA (phantom, or a folder), into OUT.
-	$(BIN)/python -m training.demo --data $(DATA) --out $(OUT)
+demo: install ## The main job end to end on DATA (phantom, or a folder), into OUT; TASK=segmentation for masks.
+	$(BIN)/python -m training.demo --data $(DATA) $(if $(TASK),--task $(TASK)) --out $(OUT)
 
 test: install ## Run all tests.
 	$(BIN)/pytest

@@ -23,18 +23,20 @@ from defense.artifact import MANIFEST_FILE, load_artifact
 from defense.files import replace_file
 from training import cli, pretrain
 from training.checkpoint import Journal
-from training.datasets import PHANTOM, dataset_name
+from training.datasets import PHANTOM, dataset_name, settle
 from training.processes import run_verb, service
 from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 
 logger = logging.getLogger(__name__)
 
-_METHODS: Final = {
+GRID_NAME: Final = "grid.png"
+
+_METHODS: Final[dict[cli.Task, dict[str, str]]] = {
     # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
-    "zo-ds": ["--preset", "zo-ds"],
-    "zo-ae-ds": ["--preset", "zo-ae-ds-rge20"],
+    "classification": {"zo-ds": "zo-ds", "zo-ae-ds": "zo-ae-ds-rge20"},
+    "segmentation": {"zo-ds": "zo-ds", "local": "local"},
 }
-"""The learned defences, by name, with the flags that make them."""
+"""The learned defences of each task, by name, with the presets that make them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,21 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     is_phantom = arguments.data == PHANTOM
-    out = arguments.out / dataset_name(arguments.data)
+    data = _data_flags(arguments)
+    settle(arguments)
+    masks = is_phantom and arguments.task == "segmentation"  # two sets of phantoms have one name
+    out = arguments.out / (dataset_name(arguments.data) + ("-masks" if masks else ""))
     log = out / "commands.log"
     results = arguments.out / "results.json"
     max_queries = arguments.max_queries or (15_000 if is_phantom else 100_000)
     pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
-    data = _data_flags(arguments)
     _claim(out, {"data": data, "epochs": arguments.epochs, "pretrain_steps": pretrain_steps})
     with ExitStack() as stack:
         victim = _victim(arguments.epochs, data, out, log)
         hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
         pretrained = _pretrained(data, pretrain_steps, out, log)
         defences = {"mse": pretrained / "denoiser"}
-        for name, method in _METHODS.items():
+        for name, preset in _METHODS[arguments.task].items():
             defences[name] = out / name
-            _learn(hospital, [*data, "--pretrained", str(pretrained), *method], max_queries, out / name, log)
+            fixed = [*data, "--pretrained", str(pretrained), "--preset", preset]
+            _learn(hospital, fixed, max_queries, out / name, log)
         gateways: list[str] = []
         for name, artifact in defences.items():
             flags = ["--artifact", str(artifact), "--victim-url", hospital]
@@ -95,7 +100,10 @@ def _demo(arguments: argparse.Namespace) -> int:
             ],
             log,
         )
-    _print_next_steps(out, results, data, time.monotonic() - begun)
+    if arguments.task == "segmentation":
+        shown = ["--victim", str(victim), "--artifact", str(out / "local"), *data, "--out", str(out / GRID_NAME)]
+        run_verb("training.grid", shown, log)
+    _print_next_steps(out, results, data, time.monotonic() - begun, arguments.task)
     return 0
 
 
@@ -160,21 +168,24 @@ def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Pa
     run_verb("training.zo_fit", ["--victim-url", hospital, *fixed, *budget, "--out", str(out), *resume], log)
 
 
-def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float) -> None:
+def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float, task: cli.Task) -> None:
     same_data = shlex.join(data)
-    pretrained, defence, other = (shlex.quote(str(out / name)) for name in ("pretrained", "zo-ds", "zo-ae-ds-cge"))
+    name, *others = reversed(_METHODS[task])
+    learned = " and ".join(f"`{one}`" for one in (*others, name))
+    pretrained, defence, other = (shlex.quote(str(out / part)) for part in ("pretrained", name, "surrogate"))
+    picture = f"\n{out / GRID_NAME} shows a few images, attacked and sanitized." if task == "segmentation" else ""
     print(f"""
-Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.
-Rows: `none` is the bare model; `mse` a denoiser that cost no query; `zo-ds` and `zo-ae-ds` learned from queries.
+Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.{picture}
+Rows: `none` is the bare model; `mse` a denoiser that cost no query; {learned} learned from queries.
 The attacker above knows the model, not the gateway: that is the weakest rung of the threat ladder.
 
 To try next (in .venv; each service keeps its terminal):
   python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
   python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080
   curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict
-  python -m training.certify --url http://127.0.0.1:8080 --name zo-ds {same_data} --limit 20
+  python -m training.certify --url http://127.0.0.1:8080 --name {name} {same_data} --limit 20
   python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\
-      --pretrained {pretrained} --estimator cge --batch 4 --max-queries 100000 --out {other}""")
+      --pretrained {pretrained} --preset surrogate --max-queries 100000 --out {other}""")
 
 
 if __name__ == "__main__":

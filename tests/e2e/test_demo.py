@@ -10,8 +10,8 @@ from pathlib import Path
 ARGUMENTS = ["--size", "32", "--epochs", "1", "--pretrain-steps", "4", "--max-queries", "2500", "--limit", "8"]
 
 
-def demo(out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "training.demo", "--out", str(out), *ARGUMENTS]
+def demo(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "training.demo", "--out", str(out), *ARGUMENTS, *more]
     # A session of its own: all that it starts can be found by it afterwards.
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -47,6 +47,20 @@ def test_the_demo_runs_to_its_table_and_leaves_no_process(tmp_path):
     assert "curl -F file=@" in output
     for name in ("none", "mse", "zo-ds", "zo-ae-ds"):
         assert name in output
+    assert members(process.pid) == []
+
+
+def test_the_demo_on_masks_is_the_same_command(tmp_path):
+    process = demo(tmp_path, "--task", "segmentation")
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, output
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["defence"] for row in rows} == {"none", "mse", "zo-ds", "local"}
+    assert {row["attack"] for row in rows} >= {"none", "fgsm", "pgd", "segpgd", "ddn"}
+    assert {row["metric"] for row in rows} >= {"dice", "iou", "median_l2"}
+    assert {row["task"] for row in rows} == {"segmentation"}
+    assert "Dice, in %" in output
+    assert (tmp_path / "phantom-masks" / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert members(process.pid) == []
 
 

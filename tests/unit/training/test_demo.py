@@ -35,10 +35,11 @@ def verbs(commands) -> list[str]:
 
 def test_every_verb_gets_the_same_data(commands, tmp_path, capsys):
     data = tmp_path / "my images"
-    data.mkdir()
+    for folder in ("images", "masks"):
+        (data / folder).mkdir(parents=True)
     flags = ["--data", str(data), "--task", "segmentation", "--size", "32", "--split-seed", "7", "--published-test"]
     assert demo.main(["--out", str(tmp_path / "out"), *flags, "--seed", "0"]) == 0
-    assert verbs(commands) == ["victim_fit", "pretrain", "zo_fit", "zo_fit", "evaluate"]
+    assert verbs(commands) == ["victim_fit", "pretrain", "zo_fit", "zo_fit", "evaluate", "grid"]
     for _, arguments in commands:
         assert shlex.join(flags) in shlex.join(arguments)
     told = capsys.readouterr().out
