@@ -135,7 +135,7 @@ def sample_counts(
         (K,) or (K,H,W) int64 counts that sum to n over K, on the CPU.
 
     Raises:
-        InvalidAnswer: The classifier's answer is no finite (N,K) or (N,K,H,W) tensor, or changes its shape.
+        InvalidAnswer: The classifier's answer is no finite (N,K) or (N,K,H,W) tensor with K >= 2, or changes its shape.
         ValueError: n or batch is below 1.
     """
     if n < 1 or batch < 1:
@@ -147,6 +147,12 @@ def sample_counts(
         scores = classifier(image + sigma * noise.to(image.device))
         if scores.ndim not in (2, 4) or len(scores) != size or not torch.isfinite(scores).all():
             raise InvalidAnswer(f"expected {size} rows of finite scores, got a tensor of shape {tuple(scores.shape)}")
+        if scores.shape[1] < 2 or scores.numel() == 0:
+            # The one class of a single score is the largest everywhere, and would be certified everywhere.
+            raise InvalidAnswer(
+                f"expected scores of two or more classes at axis 1, got {tuple(scores.shape)}; a single probability p "
+                "of the one class has to be answered as (1 - p, p)"
+            )
         hits = one_hot(scores.argmax(dim=1), scores.shape[1]).sum(dim=0).movedim(-1, 0).cpu()
         if counts is not None and counts.shape != hits.shape:
             raise InvalidAnswer("the classifier changed the shape of its answers between two batches")

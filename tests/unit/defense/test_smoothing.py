@@ -198,6 +198,13 @@ def test_answers_that_are_no_scores_are_refused(answer: Tensor) -> None:
         sample_counts(lambda _: answer, torch.zeros(SHAPE), n=4, sigma=0.25, generator=generator())
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (4, 0), (4, 1, 5, 5), (4, 2, 0, 5)])
+def test_a_class_without_an_alternative_is_refused(shape: tuple[int, ...]) -> None:
+    """Its argmax is 0 whatever the image: it would be certified everywhere, and mean nothing."""
+    with pytest.raises(InvalidAnswer, match="two or more classes at axis 1"):
+        sample_counts(lambda _: torch.zeros(shape), torch.zeros(SHAPE), n=4, sigma=0.25, generator=generator())
+
+
 @pytest.mark.parametrize(("n", "batch"), [(0, 8), (8, 0)])
 def test_sampling_needs_at_least_one_sample_and_one_a_batch(n: int, batch: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
