@@ -13,7 +13,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from defense.errors import InvalidAnswer
-from defense.smoothing import ABSTAIN, BaseClassifier, certified_radius, sample_counts
+from defense.smoothing import ABSTAIN, BaseClassifier, certified_radius, check_alpha, sample_counts
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,37 @@ def certify_mask_counts(
     """SegCertify on counts.
 
     Args:
-        selection: (K,H,W) integer counts of the n0 samples that choose each pixel's class.
-        estimation: (K,H,W) integer counts of n other samples.
+        selection: (K,H,W) integer counts of the n0 samples that choose each pixel's class, K >= 2.
+        estimation: (K,H,W) integer counts of n other samples, on the same device.
         sigma: Standard deviation of the noise, in units of [0,1].
         tau: Least probability of a class that is not abstained from, in [0.5, 1).
         alpha: Probability that any of the pixels is wrong, in (0,1).
+
+    Raises:
+        ValueError: tau or alpha is out of its range, or the counts are not those of the same samples at every pixel.
     """
     radius = mask_radius(tau, sigma)
+    if selection.shape != estimation.shape:
+        raise ValueError(f"counts of two shapes: {tuple(selection.shape)} and {tuple(estimation.shape)}")
+    n0, n = _samples(selection), _samples(estimation)
     labels = selection.argmax(0)
-    hits = estimation.gather(0, labels.unsqueeze(0)).squeeze(0).numpy()
-    n = int(estimation.sum(0).flatten()[0])
+    hits = estimation.gather(0, labels.unsqueeze(0)).squeeze(0).cpu().numpy()
     # H0: the class has a probability of at most tau. It is rejected where so many hits would be too unlikely.
     p_values = binom.sf(hits - 1, n, tau)
     certain = torch.from_numpy(holm(p_values.ravel(), alpha).reshape(hits.shape))
-    samples = int(selection.sum(0).flatten()[0]) + n
-    return MaskCertificate(torch.where(certain, labels, ABSTAIN), radius, samples)
+    return MaskCertificate(torch.where(certain, labels.cpu(), ABSTAIN), radius, n0 + n)
 
 
 def holm(p_values: np.ndarray, alpha: float) -> np.ndarray:
     """Which of (M,) null hypotheses are rejected, the probability of any wrong rejection at most alpha (Holm 1979).
 
-    Step-down: the k-th smallest p-value is compared with alpha / (M - k + 1), up to the first that is not below it.
+    Step-down: the k-th smallest p-value is compared with alpha / (M - k + 1), up to the first that is above it.
     Holds whatever the dependence between the tests, as between the pixels of one image.
 
     Raises:
         ValueError: alpha does not lie between 0 and 1.
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    check_alpha(alpha)
     order = np.argsort(p_values, kind="stable")
     passed = p_values[order] <= alpha / (len(p_values) - np.arange(len(p_values)))
     rejected = np.zeros(len(p_values), dtype=bool)
@@ -103,10 +106,34 @@ def certify_mask(
 
     Raises:
         InvalidAnswer: The classifier's answers are no (N,K,H,W) scores.
+        ValueError: tau or alpha is out of its range, which is found out before anything is sampled.
     """
-    counts = [
-        sample_counts(classifier, image, n=count, sigma=sigma, generator=generator, batch=batch) for count in (n0, n)
-    ]
-    if counts[0].ndim != 3 or counts[0].shape != counts[1].shape:
+    mask_radius(tau, sigma)
+    check_alpha(alpha)
+    selection = _of_pixels(sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch))
+    estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
+    if selection.shape != estimation.shape:
+        raise InvalidAnswer("the classifier changed the shape of its answers between two batches")
+    return certify_mask_counts(selection, estimation, sigma=sigma, tau=tau, alpha=alpha)
+
+
+def _of_pixels(counts: Tensor) -> Tensor:
+    """The (K,H,W) counts of one image, or `InvalidAnswer` where they are (K,)."""
+    if counts.ndim != 3:
         raise InvalidAnswer("expected a class for every pixel, got one for every image")
-    return certify_mask_counts(*counts, sigma=sigma, tau=tau, alpha=alpha)
+    return counts
+
+
+def _samples(counts: Tensor) -> int:
+    """The n of (K,H,W) counts that sum to n at every pixel.
+
+    Raises:
+        ValueError: They do not, or are no such counts.
+    """
+    if counts.ndim != 3 or len(counts) < 2 or counts[0].numel() == 0:
+        raise ValueError(f"expected (K,H,W) counts of two or more classes, got {tuple(counts.shape)}")
+    totals = counts.sum(0)
+    n = int(totals[0, 0])
+    if n < 1 or (totals != n).any():
+        raise ValueError("every pixel needs the same number of samples, at least 1")
+    return n

@@ -58,7 +58,7 @@ def lower_bound(hits: int, n: int, alpha: float) -> float:
     Raises:
         ValueError: An argument is out of its range.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(f"hits must lie between 0 and n >= 1, got {hits} of {n}")
     return 0.0 if hits == 0 else float(beta.ppf(alpha, hits, n - hits + 1))
@@ -111,7 +111,7 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
         counts: (K,) integer counts, K >= 2.
         alpha: Probability that the answer is not the smoothed classifier's, in (0,1); two-sided binomial test.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     first, second = torch.topk(counts, 2).values.tolist()
     if binomtest(first, first + second, 0.5).pvalue > alpha:
         return ABSTAIN
@@ -182,7 +182,7 @@ def certify(
     valid: the n samples are independent of the n0, which may therefore decide how many of them are drawn, and an
     abstention claims nothing.
     """
-    selection = sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch)
+    selection = _of_image(sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch))
     if give_up is not None and give_up(selection):
         return Certificate(ABSTAIN, 0.0, n0)
     estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
@@ -201,9 +201,19 @@ def predict(
 ) -> int:
     """`Predict` of the paper on one image (C,H,W): the smoothed class or `ABSTAIN`. Arguments as in `sample_counts`."""
     counts = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
-    return predict_counts(counts, alpha=alpha)
+    return predict_counts(_of_image(counts), alpha=alpha)
 
 
-def _check_alpha(alpha: float) -> None:
+def _of_image(counts: Tensor) -> Tensor:
+    """The (K,) counts of one image, or `InvalidAnswer` where they are (K,H,W)."""
+    if counts.ndim != 1:
+        raise InvalidAnswer(
+            "expected a class for every image, got one for every pixel: defense.segmentation_smoothing certifies masks"
+        )
+    return counts
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError unless alpha lies between 0 and 1."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")

@@ -89,6 +89,31 @@ def test_counts_decide_pixel_by_pixel():
     assert certificate.labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("selection", "estimation", "match"),
+    [
+        ([[[1, 1]], [[0, 0]]], [[[10, 100]], [[0, 0]]], "same number of samples"),
+        ([[[1, 1]], [[0, 0]]], [[[0, 0]], [[0, 0]]], "same number of samples"),
+        ([[[1, 1]]], [[[9, 9]]], "two or more classes"),
+        ([[1, 1], [0, 0]], [[9, 9], [0, 0]], r"\(K,H,W\) counts"),
+        ([[[1, 1]], [[0, 0]]], [[[9]], [[0]]], "two shapes"),
+    ],
+)
+def test_counts_that_are_not_of_the_same_samples_are_refused(selection: list, estimation: list, match: str):
+    with pytest.raises(ValueError, match=match):
+        certify_mask_counts(torch.tensor(selection), torch.tensor(estimation), sigma=0.25, tau=0.75, alpha=0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"tau": 0.4}, {"alpha": 0.0}, {"alpha": 1.0}])
+def test_nothing_is_asked_where_the_answer_could_not_be_used(wrong: dict[str, float]):
+    def unasked(images: Tensor) -> Tensor:
+        raise AssertionError("the classifier was asked")
+
+    settings = {"sigma": 0.25, "n0": 5, "n": 30, "tau": 0.75, "alpha": 0.1, "generator": generator()} | wrong
+    with pytest.raises(ValueError, match="must"):
+        certify_mask(unasked, torch.full((1, 4, 4), 0.5), **settings)
+
+
 def test_certified_pixels_of_a_known_segmenter_hold_everywhere_in_the_radius():
     """A pixel at x answers 1 with probability Phi((x - 1/2) / sigma); within r of it, with at least that of x - r."""
     sigma, tau = 0.25, 0.75
@@ -126,6 +151,8 @@ def test_what_is_no_mask_is_refused():
     settings = {"sigma": 0.25, "n0": 5, "n": 30, "tau": 0.75, "alpha": 0.1, "generator": generator()}
     with pytest.raises(InvalidAnswer, match="a class for every pixel"):
         certify_mask(lambda images: threshold(images).mean((2, 3)), image, **settings)
+    with pytest.raises(InvalidAnswer, match="two or more classes"):
+        certify_mask(lambda images: threshold(images)[:, :1], image, **settings)
     with pytest.raises(InvalidAnswer, match="rows of finite scores"):
         certify_mask(lambda images: threshold(images)[1:], image, **settings)
     sizes = iter([4, 3])

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from functools import partial
 from statistics import NormalDist
 
 import pytest
@@ -190,6 +192,13 @@ def test_predict_answers_the_side_of_the_boundary() -> None:
         for distance in (-0.5, 0.5)
     ]
     assert answers == [0, 1]
+
+
+@pytest.mark.parametrize("smoothed", [partial(certify, n0=4), predict])
+def test_masks_are_no_answer_for_an_image(smoothed: Callable[..., object]) -> None:
+    settings = {"sigma": 0.25, "n": 4, "alpha": 0.1, "generator": generator()}
+    with pytest.raises(InvalidAnswer, match="got one for every pixel"):
+        smoothed(lambda images: torch.zeros(len(images), 2, 4, 4), torch.zeros(SHAPE), **settings)
 
 
 @pytest.mark.parametrize("answer", [torch.full((4, 2), float("nan")), torch.zeros(3, 2), torch.zeros(4)])
