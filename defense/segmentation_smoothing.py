@@ -15,6 +15,9 @@ from torch import Tensor
 from defense.errors import InvalidAnswer
 from defense.smoothing import ABSTAIN, BaseClassifier, certified_radius, check_alpha, sample_counts
 
+TAU = 0.75
+"""The paper's threshold: a class has to have at least this probability under noise to be certified."""
+
 
 @dataclass(frozen=True)
 class MaskCertificate:
@@ -30,6 +33,11 @@ class MaskCertificate:
     radius: float
     samples: int
 
+    @property
+    def abstained(self) -> float:
+        """Share of the pixels without an answer at this confidence, in [0,1]."""
+        return (self.labels == ABSTAIN).float().mean().item()
+
 
 def mask_radius(tau: float, sigma: float) -> float:
     """Sigma * Phi^-1(tau), the radius of every pixel whose class has a probability above tau.
@@ -43,7 +51,7 @@ def mask_radius(tau: float, sigma: float) -> float:
 
 
 def certify_mask_counts(
-    selection: Tensor, estimation: Tensor, *, sigma: float, tau: float, alpha: float
+    selection: Tensor, estimation: Tensor, *, sigma: float, alpha: float, tau: float = TAU
 ) -> MaskCertificate:
     """SegCertify on counts.
 
@@ -51,8 +59,8 @@ def certify_mask_counts(
         selection: (K,H,W) integer counts of the n0 samples that choose each pixel's class, K >= 2.
         estimation: (K,H,W) integer counts of n other samples, on the same device.
         sigma: Standard deviation of the noise, in units of [0,1].
-        tau: Least probability of a class that is not abstained from, in [0.5, 1).
         alpha: Probability that any of the pixels is wrong, in (0,1).
+        tau: Least probability of a class that is not abstained from, in [0.5, 1).
 
     Raises:
         ValueError: tau or alpha is out of its range, or the counts are not those of the same samples at every pixel.
@@ -67,6 +75,54 @@ def certify_mask_counts(
     p_values = binom.sf(hits - 1, n, tau)
     certain = torch.from_numpy(holm(p_values.ravel(), alpha).reshape(hits.shape))
     return MaskCertificate(torch.where(certain, labels.cpu(), ABSTAIN), radius, n0 + n)
+
+
+def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
+    """Each pixel's most frequent class, or `ABSTAIN` where its lead over the second may be chance: no certificate.
+
+    `Predict` of Cohen et al. 2019 at each of M pixels, at alpha / M, so that all of them are right together. This is
+    Bonferroni's correction, not Holm's: the samples that test a class have chosen it too, and Holm's proof is about
+    hypotheses that do not depend on the samples.
+
+    Args:
+        counts: (K,H,W) integer counts of the same samples at every pixel, K >= 2.
+        alpha: Probability that any of the answers is not the smoothed segmenter's, in (0,1).
+
+    Returns:
+        (H,W) int64 labels, on the CPU.
+
+    Raises:
+        ValueError: alpha is out of its range, or the counts are not those of the same samples at every pixel.
+    """
+    check_alpha(alpha)
+    _samples(counts)
+    lead = torch.topk(counts.cpu(), 2, dim=0)
+    first, second = lead.values.numpy()
+    p_values = 2 * binom.sf(first - 1, first + second, 0.5)  # two-sided, as either class could have led
+    certain = torch.from_numpy(p_values <= alpha / p_values.size)
+    return torch.where(certain, lead.indices[0], ABSTAIN)
+
+
+def predict_mask(
+    classifier: BaseClassifier,
+    image: Tensor,
+    *,
+    sigma: float,
+    n: int,
+    alpha: float,
+    generator: torch.Generator,
+    batch: int = 1024,
+) -> Tensor:
+    """The smoothed mask (H,W) of one image (C,H,W), `ABSTAIN` where it is not settled.
+
+    Arguments and errors as in `defense.smoothing.sample_counts` and `predict_mask_counts`.
+
+    Raises:
+        InvalidAnswer: The classifier's answers are no (N,K,H,W) scores.
+    """
+    check_alpha(alpha)
+    counts = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
+    return predict_mask_counts(_of_pixels(counts), alpha=alpha)
 
 
 def holm(p_values: np.ndarray, alpha: float) -> np.ndarray:
@@ -93,9 +149,9 @@ def certify_mask(
     sigma: float,
     n0: int,
     n: int,
-    tau: float,
     alpha: float,
     generator: torch.Generator,
+    tau: float = TAU,
     batch: int = 1024,
 ) -> MaskCertificate:
     """SegCertify of one image (C,H,W): n0 samples choose the classes, n more test them.

@@ -10,8 +10,16 @@ from scipy.stats import binom
 from torch import Tensor
 
 from defense.errors import InvalidAnswer
-from defense.segmentation_smoothing import certify_mask, certify_mask_counts, holm, mask_radius
-from defense.smoothing import ABSTAIN, sample_counts
+from defense.segmentation_smoothing import (
+    MaskCertificate,
+    certify_mask,
+    certify_mask_counts,
+    holm,
+    mask_radius,
+    predict_mask,
+    predict_mask_counts,
+)
+from defense.smoothing import ABSTAIN, predict_counts, sample_counts
 
 PHI = NormalDist()
 
@@ -131,6 +139,62 @@ def test_certified_pixels_of_a_known_segmenter_hold_everywhere_in_the_radius():
     # And hardly any of those well beyond it abstain.
     clear = margins > 1.8 * certificate.radius
     assert settled[clear].float().mean() > 0.9
+
+
+def test_the_threshold_is_the_papers_unless_another_is_asked_for():
+    settings = {"sigma": 0.25, "n0": 5, "n": 100, "alpha": 0.1}
+    image = torch.full((1, 4, 4), 0.9)
+    first = certify_mask(threshold, image, **settings, generator=generator())
+    assert first.radius == pytest.approx(0.25 * PHI.inv_cdf(0.75))
+    assert torch.equal(first.labels, certify_mask(threshold, image, **settings, generator=generator(), tau=0.75).labels)
+
+
+def test_the_share_abstained_counts_pixels():
+    assert MaskCertificate(torch.tensor([[0, ABSTAIN], [1, 1]]), 0.1, 9).abstained == 0.25
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
+def test_the_prediction_of_a_single_pixel_is_that_of_a_class(alpha: float):
+    for first in range(21):
+        for second in range(21 - first):
+            counts = torch.tensor([first, second, 20 - first - second])
+            assert predict_mask_counts(counts.view(3, 1, 1), alpha=alpha).item() == predict_counts(counts, alpha=alpha)
+
+
+def test_predictions_of_many_pixels_share_one_alpha():
+    """13 of 14: two-sided p = 30 / 2^14 = 0.0018, enough for one pixel at 0.01 and too little for each of six."""
+    counts = torch.tensor([13, 1]).view(2, 1, 1)
+    assert predict_mask_counts(counts, alpha=0.01).tolist() == [[0]]
+    assert predict_mask_counts(counts.expand(2, 2, 3), alpha=0.01).tolist() == [[ABSTAIN] * 3] * 2
+    assert predict_mask_counts(counts.expand(2, 1, 5), alpha=0.01).tolist() == [[0] * 5]
+
+
+def test_some_prediction_is_wrong_no_more_often_than_alpha():
+    """Where two classes are all but even, about half of what is answered is wrong."""
+    n, alpha, trials, rng = 30, 0.2, 4000, np.random.default_rng(0)
+    answered = wrong = 0
+    for _ in range(trials):
+        hits = torch.from_numpy(rng.binomial(n, 0.499, size=(2, 3)))
+        labels = predict_mask_counts(torch.stack([hits, n - hits]), alpha=alpha)
+        wrong += bool((labels == 0).any())
+        answered += bool((labels != ABSTAIN).any())
+    assert wrong / trials <= alpha + 4 * math.sqrt(alpha / trials)
+    assert answered > 0.02 * trials  # the bound is not empty either
+
+
+def test_the_prediction_is_the_smoothed_segmenters_or_none():
+    image = torch.linspace(0, 1, 64).view(1, 8, 8)
+    settings = {"sigma": 0.25, "n": 400, "alpha": 0.001}
+    labels = predict_mask(threshold, image, **settings, generator=generator(), batch=128)
+    settled = labels != ABSTAIN
+    assert labels.dtype == torch.int64
+    assert (labels[settled] == (image[0] > 0.5)[settled].long()).all()
+    assert settled[(image[0] - 0.5).abs() > 0.15].all()
+    assert not settled[(image[0] - 0.5).abs() < 0.01].any()
+    with pytest.raises(InvalidAnswer, match="a class for every pixel"):
+        predict_mask(lambda images: threshold(images).mean((2, 3)), image, **settings, generator=generator())
+    with pytest.raises(ValueError, match="same number of samples"):
+        predict_mask_counts(torch.tensor([[[3, 9]], [[0, 0]]]), alpha=0.1)
 
 
 def test_the_noise_decides_and_the_batch_does_not():
