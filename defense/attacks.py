@@ -135,8 +135,10 @@ def craft(
         ValueError: A name that is unknown or not for such labels, an epsilon that is missing, superfluous or negative,
             images outside [0,1], or a model in training mode.
     """
-    if name not in attacks_on(labels):
+    if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(attacks_on(labels))}")
+    if name not in attacks_on(labels):
+        raise ValueError(f"{name} attacks masks (N,H,W); the labels are of shape {tuple(labels.shape)}")
     attack = ATTACKS[name]
     if attack.minimum_norm != (epsilon is None):
         raise ValueError(f"{name} takes {'no' if attack.minimum_norm else 'an'} epsilon")

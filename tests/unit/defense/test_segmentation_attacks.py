@@ -139,6 +139,34 @@ def test_the_minimum_norm_attack_comes_near_the_smallest_perturbation_that_loses
     assert (agreement(model(found).argmax(1), masks) < LOST).all()
 
 
+class Together(nn.Module):
+    """All pixels of a mask answer the same: logits (0, <w, x> + b), so that the mask holds or is lost as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.randn(1, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+
+    def score(self, images: Tensor) -> Tensor:
+        return ((images - 0.5) * self.weights).flatten(1).sum(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = self.score(images).view(-1, 1, 1, 1).expand(-1, 1, SIDE, SIDE)
+        return torch.cat([torch.zeros_like(score), score], dim=1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_minimum_norm_attack_finds_the_distance_to_a_plane(count: int) -> None:
+    """Where all pixels go together, the smallest perturbation is |<w, x> + b| / |w|, as of a linear classifier."""
+    model = Together().eval()
+    distances = torch.linspace(0.1, 0.5, count)
+    direction = model.weights / model.weights.norm()
+    images = 0.5 + distances.view(-1, 1, 1, 1) * direction
+    masks = torch.ones(count, SIDE, SIDE, dtype=torch.int64)
+    norms = minimum_norms(model, images, craft("ddn", model, images, masks), masks)
+    assert (norms >= distances * (1 - 1e-4)).all()
+    assert (norms <= 1.01 * distances).all()
+
+
 def test_what_is_lost_already_needs_nothing_and_what_holds_was_not_found(model: Threshold) -> None:
     images, masks = frames()
     assert minimum_norms(model, images, images, 1 - masks).tolist() == [0, 0, 0]
@@ -155,5 +183,5 @@ def test_scaled_perturbations_lose_the_mask_where_the_closed_form_says(model: Th
 
 def test_an_attack_on_masks_is_refused_for_classes(model: Threshold) -> None:
     images, masks = frames()
-    with pytest.raises(ValueError, match="unknown attack 'segpgd'"):
+    with pytest.raises(ValueError, match=r"segpgd attacks masks \(N,H,W\); the labels are of shape \(3,\)"):
         craft("segpgd", model, images, masks[:, 0, 0], 0.1)
