@@ -55,6 +55,7 @@ def test_holm_is_the_textbooks(count):
 
 def test_holm_stops_at_the_first_that_does_not_pass():
     assert holm(np.array([0.001, 0.04, 0.0001, 0.9]), 0.05).tolist() == [True, False, True, False]
+    assert holm(np.array([0.03, 0.04]), 0.05).tolist() == [False, False]  # 0.04 is below 0.05, but 0.03 above 0.025
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
         holm(np.array([0.1]), 1.0)
 
