@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.segmentation_smoothing import certify_mask, mask_radius
-from defense.smoothing import ABSTAIN, BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
+from defense.segmentation_smoothing import TAU, certify_mask, mask_radius
+from defense.smoothing import BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
 from training.certificate_files import ClassLine, MaskLine, Settings, open_output
 from training.cli import UserError, positive_float, positive_int
 from training.datasets import ImageSet
@@ -25,7 +25,6 @@ from training.scoring import worst_case
 
 logger = logging.getLogger(__name__)
 
-_TAU = 0.75
 _MASK_SAMPLES = 10, 100  # n0 and n that suffice for tau = 0.75: unanimous pixels pass Holm's test by far
 _CLASS_N0 = 100
 
@@ -45,7 +44,7 @@ def add_certificate_arguments(parser: argparse.ArgumentParser, *, n: int, radii:
     add("--n0", type=positive_int, help=f"samples that choose the class (default {_CLASS_N0}; of pixels {n0_mask})")
     add("--n", type=positive_int, help=f"samples that bound it (default {n}; of pixels {n_mask})")
     add("--alpha", type=_probability, default=0.001, help="failure probability (default 0.001)")
-    add("--tau", type=_majority, help=f"of masks: share of the samples that must agree on a pixel (default {_TAU})")
+    add("--tau", type=_majority, help=f"of masks: share of the samples that must agree on a pixel (default {TAU})")
     add("--radii", type=number_list, help=f"comma-separated L2 radii ({told}; of masks the one that tau gives)")
     parser.set_defaults(class_n=n, class_radii=radii)
 
@@ -62,7 +61,7 @@ def settle_certificate(arguments: argparse.Namespace, chosen: ImageSet) -> None:
         arguments.n0, arguments.n = arguments.n0 or _CLASS_N0, arguments.n or arguments.class_n
     else:
         arguments.n0, arguments.n = arguments.n0 or _MASK_SAMPLES[0], arguments.n or _MASK_SAMPLES[1]
-        arguments.tau = arguments.tau or _TAU
+        arguments.tau = arguments.tau or TAU
     reach = furthest(arguments.n, arguments.alpha, arguments.sigma, arguments.tau)
     arguments.radii = radii_of(arguments, arguments.tau, reach)
     if arguments.tau is None:
@@ -225,7 +224,7 @@ def _mask_line(classifier: BaseClassifier, one: ImageSet, index: int, settings: 
         seconds=round(time.perf_counter() - begin, 3),
         dice=dice,
         iou=iou,
-        abstained=(certificate.labels == ABSTAIN).float().mean().item(),
+        abstained=certificate.abstained,
     )
 
 
