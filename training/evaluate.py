@@ -6,7 +6,11 @@ r"""python -m training.evaluate --data DIR|phantom --victim artifacts/victim --v
 
 What an oblivious attacker gains: the attacks are crafted on the bare victim's weights against the true labels, and the
 same images are then sent as float32 tensors to the victim's URL (defence "none") and to every gateway's. The attacker
-does not know of the gateway; an adaptive one would do better, and no number here bounds how much.
+does not know of the gateway; an adaptive one would do better, and no number here bounds how much. Without --victim-url
+the victim runs in this process, and so do artifacts (--artifact NAME=DIR) and the baselines that cost no query:
+
+    python -m training.evaluate --data DIR --victim artifacts/victim --pretrained artifacts/pretrained \
+        --baselines noise,jpeg,blur,median,ae,mse,mse-ae --artifact ours=artifacts/defense
 
 Of a segmenter the scores are Dice and IoU, and the Dice of small lesions apart.
 
@@ -19,21 +23,25 @@ an adaptive attack on the defence. Both medians are over the images that the bar
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
 from services.device import resolve_device
 from services.hospital.model import load_victim
-from training.cli import UserError, add_device_argument, run
-from training.datasets import load_data
+from training.cli import UserError, add_device_argument, positive_float, run
+from training.datasets import Splits, load_data
 from training.experiment import Defence, Experiment
+from training.inprocess import in_process
 from training.measuring import (
     Connect,
+    Defended,
     Endpoint,
     add_measuring_arguments,
     chosen_images,
@@ -42,12 +50,17 @@ from training.measuring import (
     identify,
     number_list,
 )
+from training.methods import METHODS
 from training.results import NO_DEFENCE, format_table, write_rows
+from training.runs import Run, build_front
 from training.scoring import SMALL, TITLES, main_metric
 from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05
 """Lead of the first over the second probability from which on weights and URL must agree on the class."""
+
+_PRETRAINED: Final = ("pretrained", "autoencoder")
+_BASELINES: Final = [name for name, method in METHODS.items() if method.kind != "learned" and name != NO_DEFENCE]
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +96,11 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> in
 
 def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
     device = resolve_device(arguments.device)
-    urls = [(NO_DEFENCE, arguments.victim_url), *arguments.gateway]
-    if len({name for name, _ in urls}) != len(urls):
-        raise UserError("every --gateway needs a name of its own")
+    names = [NO_DEFENCE, *arguments.baselines, *(name for name, _ in (*arguments.artifact, *arguments.gateway))]
+    if len(set(names)) != len(names):
+        raise UserError("every --gateway, --artifact and baseline needs a name of its own")
+    if arguments.pretrained is None and any(METHODS[name].kind in _PRETRAINED for name in arguments.baselines):
+        raise UserError("these baselines are pre-trained: make them with training.pretrain, and name --pretrained")
     model, config = load_victim(arguments.victim)
     model = model.to(device).eval()
     splits = load_data(arguments)
@@ -106,16 +121,20 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
         )
 
     with ExitStack() as clients:
-        defences = []
-        for name, url in urls:
+        if arguments.victim_url is None:
+            bare: Endpoint = clients.enter_context(in_process(arguments.victim, device, splits))
+        else:
+            bare = clients.enter_context(connect(arguments.victim_url))
+            if identify(bare, arguments.victim_url, chosen.images[0], splits.labels).artifact is not None:
+                raise UserError(f"a gateway answers at {arguments.victim_url}: --victim-url must name the bare victim")
+            check_weights(model, device, bare, arguments.victim_url, chosen.images)
+        defences = [Defence(NO_DEFENCE, bare, 0), *_in_front(arguments, bare, splits, device)]
+        for name, url in arguments.gateway:
             endpoint = clients.enter_context(connect(url))
             identity = identify(endpoint, url, chosen.images[0], splits.labels)
-            if name == NO_DEFENCE and identity.artifact is not None:
-                raise UserError(f"a gateway answers at {url}: --victim-url must name the bare victim")
-            if name != NO_DEFENCE and identity.artifact is None:
+            if identity.artifact is None:
                 raise UserError(f"no gateway answers at {url}, but a bare victim: --gateway {name} needs a gateway")
             defences.append(Defence(name, endpoint, identity.queries))
-        check_weights(model, device, defences[0].endpoint, arguments.victim_url, chosen.images)
         experiment = Experiment(
             dataset=splits.name,
             task=splits.task,
@@ -136,7 +155,11 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             for epsilon in epsilons:
                 rows += experiment.bounded(attack, epsilon)
     write_rows(arguments.results, rows)
-    print(f"{splits.name}, {arguments.split}, {len(chosen)} images; oblivious attacks, crafted on the bare victim")
+    where = "in process" if arguments.victim_url is None else "over HTTP"
+    print(
+        f"{splits.name}, {arguments.split}, {len(chosen)} images; victim {where}; oblivious attacks, crafted on the "
+        "bare victim"
+    )
     for metric in dict.fromkeys((main_metric(chosen.labels), SMALL)):
         shown = [row for row in rows if row.metric in (metric, "median_l2", "median_l2_scaled")]
         if any(row.metric == metric for row in shown):
@@ -146,15 +169,45 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
     return 0
 
 
+def _in_front(
+    arguments: argparse.Namespace, victim: Endpoint, splits: Splits, device: torch.device
+) -> Iterator[Defence]:
+    """The defences that run in this process, in front of the victim wherever that is."""
+    source = torch.Generator().manual_seed(arguments.seed)
+
+    def noisy(images: Tensor) -> Tensor:
+        """One noisy copy; the smoothed victim is `training.certify`'s and `training.compare`'s."""
+        return images + arguments.sigma * torch.randn(images.shape, generator=source).to(images)
+
+    shape = splits.test.images.shape[1:]
+    for name in arguments.baselines:
+        front, _ = build_front(Run(name, 0, 0), arguments.results.parent, arguments.pretrained, device)
+        yield Defence(name, Defended(noisy if name == "noise" else front, victim, device), 0)
+    for name, folder in arguments.artifact:
+        artifact = load_artifact(folder)
+        if artifact.manifest.input.dimensions != tuple(shape):
+            raise UserError(f"--artifact {name} takes other images: use its --size and --channels")
+        sanitizer = artifact.sanitizer.to(device).eval().to(memory_format=torch.channels_last)
+        yield Defence(name, Defended(sanitizer, victim, device), artifact.manifest.queries_spent)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Measures oblivious attacks.")
     add_measuring_arguments(parser)
     add_device_argument(parser)
     parser.add_argument("--victim", type=Path, default=Path("artifacts/victim"), help="the victim's weights, to attack")
-    parser.add_argument("--victim-url", required=True, help="where the bare victim answers")
+    parser.add_argument("--victim-url", help="where the bare victim answers (default: in this process)")
     parser.add_argument(
         "--gateway", type=_gateway, action="append", default=[], metavar="NAME=URL", help="a gateway; may be repeated"
     )
+    parser.add_argument(
+        "--artifact", type=_artifact, action="append", default=[], metavar="NAME=DIR", help="a sanitizer, in process"
+    )
+    parser.add_argument(
+        "--baselines", type=_baselines, default=[], help=f"comma-separated, in process, of {', '.join(_BASELINES)}"
+    )
+    parser.add_argument("--pretrained", type=Path, help="what training.pretrain wrote, for baselines from there")
+    parser.add_argument("--sigma", type=positive_float, default=0.25, help="of the baseline noise (default 0.25)")
     parser.add_argument(
         "--attacks", type=_attacks, help=f"comma-separated, of {', '.join(ATTACKS)} (all that the task has)"
     )
@@ -172,6 +225,20 @@ def _gateway(text: str) -> tuple[str, str]:
     if not separator or not url or name == NO_DEFENCE:
         raise argparse.ArgumentTypeError(f"expected NAME=URL with a name other than {NO_DEFENCE!r}, got {text!r}")
     return defence_name(name), url
+
+
+def _artifact(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not separator or not folder or name == NO_DEFENCE:
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR with a name other than {NO_DEFENCE!r}, got {text!r}")
+    return defence_name(name), Path(folder)
+
+
+def _baselines(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in _BASELINES]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(_BASELINES)}")
+    return names
 
 
 def _attacks(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Images attacked once, on the bare victim, and sent to every defence: what each makes of them."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
-from training.measuring import Endpoint
 from training.results import NO_DEFENCE, Row, bootstrap_interval, finite
 from training.scoring import main_score, scores
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Defence:
-    """One line of the table: where it answers, and what it cost to learn."""
+    """One line of the table: what answers the images' scores, and what it cost to learn."""
 
     name: str
-    endpoint: Endpoint
+    endpoint: Callable[[Tensor], Tensor]
     queries: int
 
 

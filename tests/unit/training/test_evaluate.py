@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from measuring_fakes import (
     victim_config,
 )
 
+from defense.artifact import Provenance, save_artifact
+from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from training import evaluate
 from training.results import Row, read_rows
 
@@ -113,7 +116,7 @@ def test_rows_say_everything_about_themselves(tmp_path: Path) -> None:
 def test_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "r.json", "--attacks", "fgsm", "--epsilons-linf", "8")
     out = capsys.readouterr().out
-    assert "toy, test, 12 images; oblivious attacks" in out
+    assert "toy, test, 12 images; victim over HTTP; oblivious attacks" in out
     assert "none     100.0    0.0        0\nzo       100.0  100.0    4,321\n" in out
 
 
@@ -196,3 +199,67 @@ def test_malformed_results_file_is_left_alone(tmp_path: Path, capsys: pytest.Cap
     assert run(path, "--attacks", "fgsm", "--epsilons-linf", "1") == 2
     assert path.read_text() == "mine"
     assert "is not a results file" in capsys.readouterr().err
+
+
+# In this process
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """An untrained denoiser."""
+    config = SanitizerConfig(
+        input=ImageShape(channels=1, height=4, width=4), denoiser="dncnn-small", autoencoder=None, code=4
+    )
+    made_by = Provenance(
+        method="zo-ds", estimator=None, data="toy", data_fingerprint="abc", settings={}, versions={}, validation={}
+    )
+    folder = tmp_path / "artifact"
+    save_artifact(
+        folder, Sanitizer(config), name="ours", labels=[], sigma=0.1, queries={"training": 77}, provenance=made_by
+    )
+    return folder
+
+
+@pytest.mark.usefixtures("world")
+def test_victim_baselines_and_artifacts_run_in_this_process(
+    tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "in_process", lambda *_: nullcontext(bare()))
+    here = ["--baselines", "noise,jpeg,blur,median", "--artifact", f"ours={artifact}", "--sigma", "0.001"]
+    argv = ["--results", str(tmp_path / "r.json"), "--device", "cpu", "--attacks", "fgsm", "--epsilons-linf", "8"]
+    assert evaluate.main([*argv, *here]) == 0
+    rows = read_rows(tmp_path / "r.json")
+    assert [row.defence for row in rows if row.attack == "none"] == ["none", "noise", "jpeg", "blur", "median", "ours"]
+    assert {row.defence: row.queries for row in rows}["ours"] == 77
+    assert value(rows, "none", "fgsm") == 0.0 <= value(rows, "ours", "fgsm")
+    assert "victim in process" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--baselines", "mse"], "name --pretrained"),
+        (["--artifact", "noise=ARTIFACT", "--baselines", "noise"], "a name of its own"),
+        (["--artifact", "ours=nowhere"], "nowhere"),
+    ],
+)
+def test_parts_that_are_not_there_are_clear_errors(
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "in_process", lambda *_: nullcontext(bare()))
+    argv = ["--results", str(tmp_path / "r.json"), "--device", "cpu"]
+    assert evaluate.main([*argv, *(word.replace("ARTIFACT", str(artifact)) for word in more)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("more", [["--baselines", "zo-ds"], ["--artifact", "x"], ["--artifact", "none=x"]])
+def test_malformed_parts_exit_with_code_2(more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--results", str(tmp_path / "r.json"), *more])
