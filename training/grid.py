@@ -68,9 +68,9 @@ def _draw(arguments: argparse.Namespace) -> int:
     }
     heads = ("answer, clean", "answer, attacked", "answer, sanitized")
     count = len(chosen)
-    figure, panels = plt.subplots(
-        count, len(pictures) + 3, figsize=(1.75 * (len(pictures) + 3), 1.85 * count + 0.6), squeeze=False
-    )
+    columns = len(pictures) + len(heads)
+    size = (1.75 * columns, 1.95 * count + 0.6)
+    figure, panels = plt.subplots(count, columns, figsize=size, squeeze=False, layout="constrained")
     for row in range(count):
         for axes, batch in zip(panels[row], pictures.values(), strict=False):
             _show(axes, batch[row])
@@ -81,7 +81,6 @@ def _draw(arguments: argparse.Namespace) -> int:
         axes.set_title(head, fontsize=8)
     outlines = "; the truth is outlined solid and green, the answer dashed and red" if chosen.labels.ndim > 1 else ""
     figure.suptitle(f"{splits.name}, {arguments.split}: PGD on the bare victim{outlines}", fontsize=9)
-    figure.tight_layout(pad=0.4)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=_DPI)
     plt.close(figure)
