@@ -121,6 +121,7 @@ def _trainer(victim: Victim, arguments: argparse.Namespace, folder: Path) -> Tra
     metered.kind = "probabilities"
     settings = FitSettings(
         sigma=0.25,
+        less_noise=0.0,
         batch=arguments.batch,
         extra=0,
         learning_rate=1e-6,

@@ -51,6 +51,7 @@ from training.measuring import (
     number_list,
 )
 from training.methods import METHODS
+from training.noise import with_noise
 from training.results import NO_DEFENCE, format_table, write_rows
 from training.runs import Run, build_front
 from training.scoring import SMALL, TITLES, main_metric
@@ -177,7 +178,7 @@ def _in_front(
 
     def noisy(images: Tensor) -> Tensor:
         """One noisy copy; the smoothed victim is `training.certify`'s and `training.compare`'s."""
-        return images + arguments.sigma * torch.randn(images.shape, generator=source).to(images)
+        return with_noise(images, arguments.sigma, source)
 
     shape = splits.test.images.shape[1:]
     for name in arguments.baselines:

@@ -28,6 +28,7 @@ from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from services.device import resolve_device
 from training import cli
 from training.datasets import Splits, load_data
+from training.noise import with_noise
 from training.provenance import settings_of, versions
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ SANITIZERS = ("denoiser", "denoiser+autoencoder")
 """The two artifacts that pre-training writes, by folder name."""
 
 _BATCH = 64
+_BELOW = 0.5  # share of the images with less noise than sigma
 _LEARNING_RATE = 2e-3
 _COMPONENTS = 192  # of the Wiener filter, where there are enough images to tell them from noise
 
@@ -106,7 +108,7 @@ def fit(arguments: argparse.Namespace, splits: Splits, out: Path) -> None:
     minimize_squared_error(
         sanitizer.denoiser,
         images,
-        lambda clean: clean + _noise(clean, sigma, generator),
+        lambda clean: with_noise(clean, sigma, generator, below=_BELOW),
         arguments.pretrain_steps,
         generator,
     )
@@ -207,23 +209,13 @@ def _fit_components(sanitizer: Sanitizer, images: Tensor, generator: torch.Gener
         sanitizer.autoencoder.fit_components(images, generator)
 
 
-def _noise(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise: half of the images get sigma, the others anything between none and sigma.
-
-    The gateway's deterministic pass sees images without noise; a denoiser that knows only one level would blur them.
-    """
-    uniform = torch.rand(len(clean), 1, 1, 1, generator=generator)
-    level = sigma * (2 * uniform).clamp_max(1)
-    return (level * torch.randn(clean.shape, generator=generator)).to(clean.device)
-
-
 @torch.no_grad()
 def _validation_psnr(sanitizer: nn.Module, images: Tensor, sigma: float, seed: int) -> dict[str, float]:
     device = next(sanitizer.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, list[Tensor]] = {"psnr_clean": [], f"psnr_sigma_{sigma:g}": []}
     for clean in images.split(256):
-        noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+        noisy = with_noise(clean, sigma, generator)
         for key, batch in zip(errors, (clean, noisy), strict=True):
             errors[key].append(denoising_loss(sanitizer(batch.to(device)).cpu(), clean))
     return {key: -10 * torch.cat(values).mean().log10().item() for key, values in errors.items()}

@@ -75,6 +75,12 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
         "--mu", type=_step, default=AUTO, help="step, in L2 norm; auto: what the probe finds clear of noise (default)"
     )
     method.add_argument("--batch", type=cli.positive_int, default=32, help="images an optimiser step (default 32)")
+    method.add_argument(
+        "--less-noise",
+        type=cli.share,
+        default=0.0,
+        help="share of the training images with any noise below sigma, for the pass that sees none (default 0)",
+    )
     method.add_argument("--learning-rate", type=cli.positive_float, default=3e-5, help="Adam's (default 3e-5)")
     method.add_argument(
         "--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate (default constant)"

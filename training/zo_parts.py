@@ -230,6 +230,7 @@ def fit_settings(arguments: argparse.Namespace) -> FitSettings:
     """The loop's settings."""
     return FitSettings(
         sigma=arguments.sigma,
+        less_noise=arguments.less_noise,
         batch=arguments.batch,
         extra=arguments.extra,
         learning_rate=arguments.learning_rate,

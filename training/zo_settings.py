@@ -13,6 +13,7 @@ class FitSettings:
 
     Attributes:
         sigma: Standard deviation of the noise on the images, in units of the [0, 1] range.
+        less_noise: Share of the training images that get any level below sigma.
         batch: Images a step about which the victim is asked.
         extra: Images a step about which only the surrogate is asked.
         learning_rate: Adam's.
@@ -29,6 +30,7 @@ class FitSettings:
     """
 
     sigma: float
+    less_noise: float
     batch: int
     extra: int
     learning_rate: float

@@ -16,6 +16,7 @@ from defense.objectives import denoising_loss, inject_gradient, located_loss, st
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from training.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore_optimizer, state_copy, under
+from training.noise import with_noise
 from training.student import Student
 from training.validation import CleanTargets, Validation, Validator
 from training.zo_settings import FitSettings
@@ -284,7 +285,7 @@ class Trainer:
         return Loss(black_box, known, located if targets.ndim > 1 else None)
 
     def _noisy(self, clean: Tensor) -> Tensor:
-        return clean + self.settings.sigma * torch.randn(clean.shape, generator=self._generator).to(clean.device)
+        return with_noise(clean, self.settings.sigma, self._generator, self.settings.less_noise)
 
     def _validate(self) -> None:
         served = self.sanitizer if self._averaged is None else cast(Sanitizer, self._averaged.module)

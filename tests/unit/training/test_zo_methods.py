@@ -38,7 +38,7 @@ def history(folder):
         [*SURROGATE, "--estimator", "surrogate", "--checked", "0", "--extra", "6"],
         ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"],
         ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection"],
-        ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5"],
+        ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5", "--less-noise", "0.5"],
     ],
     ids=" ".join,
 )
