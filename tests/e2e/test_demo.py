@@ -51,7 +51,7 @@ def test_the_demo_runs_to_its_table_and_leaves_no_process(tmp_path):
 
 
 def test_the_demo_on_masks_is_the_same_command(tmp_path):
-    process = demo(tmp_path, "--task", "segmentation")
+    process = demo(tmp_path, "--task", "segmentation", "--limit", "4")
     output = process.communicate(timeout=500)[0]
     assert process.returncode == 0, output
     rows = json.loads((tmp_path / "results.json").read_text())
