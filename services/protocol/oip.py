@@ -91,10 +91,27 @@ def header_length(value: str | None) -> int | None:
     return int(value)
 
 
-def encode_request(inputs: Sequence[Tensor], *, binary_output: bool = True) -> tuple[bytes, dict[str, str]]:
-    """Encodes a request with binary tensors; returns the body and its HTTP headers."""
-    entries, parts = _encode_tensors([(tensor, True) for tensor in inputs])
-    return _message({"inputs": entries, "parameters": {"binary_data_output": binary_output}}, parts)
+def encode_request(
+    inputs: Sequence[Tensor], *, binary: bool = True, binary_output: bool = True, output: str | None = None
+) -> tuple[bytes, dict[str, str]]:
+    """Encodes a request; returns the body and its HTTP headers.
+
+    Args:
+        inputs: what is sent.
+        binary: whether it travels in binary; else in JSON.
+        binary_output: whether the answer shall be binary; where not, nothing of that extension is mentioned.
+        output: the only output that is asked for, by name; None: all.
+
+    Raises:
+        InvalidInput: an FP16 tensor in JSON.
+    """
+    entries, parts = _encode_tensors([(tensor, binary) for tensor in inputs])
+    request: dict[str, Any] = {"inputs": entries}
+    if output is not None:
+        request["outputs"] = [{"name": output, **({"parameters": {"binary_data": True}} if binary_output else {})}]
+    elif binary_output:
+        request["parameters"] = {"binary_data_output": True}
+    return _message(request, parts)
 
 
 def encode_response(
@@ -146,15 +163,20 @@ def decode_request(body: bytes, json_length: int | None, *, raw: RawInput | None
     return Request(_decode_tensors(message, "inputs", rest), identity, outputs, default)
 
 
-def decode_response(body: bytes, json_length: int | None) -> dict[str, npt.NDArray[Any]]:
+def decode_response(body: bytes, json_length: int | None, *, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
     """Decodes an answer into its outputs by name.
+
+    Args:
+        body: all of the body, uncompressed.
+        json_length: what `header_length` read.
+        only: the output to decode; others, whatever their datatype, are passed over. None: all.
 
     Raises:
         InvalidInput: the message is malformed.
         Unsupported: it uses a part of the protocol that is not implemented.
     """
     message, rest = _split(body, json_length)
-    return {tensor.name: tensor.array for tensor in _decode_tensors(message, "outputs", rest)}
+    return {tensor.name: tensor.array for tensor in _decode_tensors(message, "outputs", rest, only)}
 
 
 def _message(head: dict[str, Any], parts: Sequence[bytes | memoryview]) -> tuple[bytes, dict[str, str]]:
@@ -200,7 +222,9 @@ def _split(body: bytes, json_length: int | None) -> tuple[dict[str, Any], memory
 
 
 def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
-    parameters = owner.get("parameters", {})
+    parameters = owner.get("parameters")
+    if parameters is None:  # null, as KServe's Python server says it, is none
+        return {}
     if not isinstance(parameters, dict):
         raise InvalidInput(f"'parameters' of {what} must be an object")
     return parameters
@@ -232,33 +256,43 @@ def _entries(message: dict[str, Any], key: str, *, required: bool) -> list[tuple
     return list(found.values())
 
 
-def _decode_tensors(message: dict[str, Any], key: str, rest: memoryview | None) -> tuple[Tensor, ...]:
+def _decode_tensors(
+    message: dict[str, Any], key: str, rest: memoryview | None, only: str | None = None
+) -> tuple[Tensor, ...]:
     tensors = []
-    offset = 0
     for name, entry, parameters in _entries(message, key, required=True):
-        shape = check_shape(entry.get("shape"), name)
-        datatype = entry.get("datatype")
-        if datatype == "BYTES":
-            raise Unsupported(f"{name!r}: BYTES tensors are not supported")
-        if not isinstance(datatype, str) or datatype not in DTYPES:
-            raise InvalidInput(f"{name!r}: unknown datatype {datatype!r:.40}; known are {', '.join(DTYPES)}")
-        size = parameters.get("binary_data_size")
-        if size is None:
-            array = from_json(entry.get("data"), shape, datatype, name)
-        else:
-            if "data" in entry:
-                raise InvalidInput(f"{name!r} has both 'data' and 'binary_data_size'")
-            if type(size) is not int or size < 0:
-                raise InvalidInput(f"{name!r}: 'binary_data_size' must be a number of bytes")
-            if rest is None:
-                raise InvalidInput(f"{name!r} is binary, but the header {HEADER} is missing")
-            if size > len(rest) - offset:
-                raise InvalidInput(
-                    f"{name!r} announces {size} bytes, but only {len(rest) - offset} are left in the body"
-                )
-            array = from_bytes(rest[offset : offset + size], shape, datatype, repr(name))
-            offset += size
-        tensors.append(Tensor(name, array))
-    if rest is not None and offset != len(rest):
-        raise InvalidInput(f"{len(rest) - offset} bytes are left over behind the last tensor")
+        data = _own_bytes(name, entry, parameters.get("binary_data_size"), rest)
+        if rest is not None and data is not None:
+            rest = rest[len(data) :]
+        if only in (None, name):
+            tensors.append(Tensor(name, _decode_tensor(name, entry, data)))
+    if rest:
+        raise InvalidInput(f"{len(rest)} bytes are left over behind the last tensor")
     return tuple(tensors)
+
+
+def _own_bytes(name: str, entry: dict[str, Any], size: object, rest: memoryview | None) -> memoryview | None:
+    """The bytes of a tensor, which come next in the rest; None: it is in the JSON part."""
+    if size is None:
+        return None
+    if "data" in entry:
+        raise InvalidInput(f"{name!r} has both 'data' and 'binary_data_size'")
+    if type(size) is not int or size < 0:
+        raise InvalidInput(f"{name!r}: 'binary_data_size' must be a number of bytes")
+    if rest is None:
+        raise InvalidInput(f"{name!r} is binary, but the header {HEADER} is missing")
+    if size > len(rest):
+        raise InvalidInput(f"{name!r} announces {size} bytes, but only {len(rest)} are left in the body")
+    return rest[:size]
+
+
+def _decode_tensor(name: str, entry: dict[str, Any], data: memoryview | None) -> npt.NDArray[Any]:
+    shape = check_shape(entry.get("shape"), name)
+    datatype = entry.get("datatype")
+    if datatype == "BYTES":
+        raise Unsupported(f"{name!r}: BYTES tensors are not supported")
+    if not isinstance(datatype, str) or datatype not in DTYPES:
+        raise InvalidInput(f"{name!r}: unknown datatype {datatype!r:.40}; known are {', '.join(DTYPES)}")
+    if data is None:
+        return from_json(entry.get("data"), shape, datatype, name)
+    return from_bytes(data, shape, datatype, repr(name))

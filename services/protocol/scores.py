@@ -10,16 +10,16 @@ from services.protocol import oip
 from services.protocol.errors import ServiceError, UpstreamInvalid
 
 
-def read_scores(body: bytes, json_length: str | None, asked: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def read_scores(
+    body: bytes, json_length: str | None, asked: tuple[int, ...], *, output: str | None = None
+) -> npt.NDArray[np.float32]:
     """Reads the scores in a victim's answer by the Open Inference Protocol.
-
-    Many segmenters answer with one plane, the probability of their only foreground class: p becomes (1 - p, p). Only
-    probabilities do: of a value outside [0,1] nobody knows what it is.
 
     Args:
         body: the answer's body.
         json_length: the header that tells where the JSON ends; None: it is absent.
         asked: shape (N,C,H,W) of the images asked about.
+        output: the name of the output that holds them; None: the only one, or else the one that `oip.OUTPUT` names.
 
     Returns:
         (N,K), or (N,K,H,W) with K at least 2; float32, finite, exactly as the victim sent them but for the one plane.
@@ -27,7 +27,22 @@ def read_scores(body: bytes, json_length: str | None, asked: tuple[int, ...]) ->
     Raises:
         UpstreamInvalid: the answer holds no such scores; the message says what it holds.
     """
-    told = _only_output(body, json_length)
+    return checked_scores(_read_output(body, json_length, output), asked)
+
+
+def checked_scores(told: npt.NDArray[np.generic], asked: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """What a victim answered to images, as scores; raises UpstreamInvalid where it is none.
+
+    Many segmenters answer with one plane, the probability of their only foreground class: p becomes (1 - p, p). Only
+    probabilities do: of a value outside [0,1] nobody knows what it is.
+
+    Args:
+        told: the victim's numbers.
+        asked: shape (N,C,H,W) of the images asked about.
+
+    Returns:
+        (N,K), or (N,K,H,W) with K at least 2; float32 and finite.
+    """
     shape = told.shape
     count, size = asked[0], asked[2:]
     if told.ndim not in (2, 4) or shape[0] != count or not shape[1]:
@@ -44,14 +59,16 @@ def read_scores(body: bytes, json_length: str | None, asked: tuple[int, ...]) ->
     return _both_classes(scores) if shape[1:] == (1, *size) else scores
 
 
-def _only_output(body: bytes, json_length: str | None) -> npt.NDArray[np.generic]:
+def _read_output(body: bytes, json_length: str | None, name: str | None) -> npt.NDArray[np.generic]:
     try:
-        outputs = oip.decode_response(body, oip.header_length(json_length))
+        outputs = oip.decode_response(body, oip.header_length(json_length), only=name)
     except ServiceError as error:
         raise UpstreamInvalid(f"the victim's answer is malformed: {error.message}") from error
-    name = oip.OUTPUT if len(outputs) > 1 else next(iter(outputs))  # an only output may have any name
+    if name is None:
+        name = oip.OUTPUT if len(outputs) > 1 else next(iter(outputs))  # an only output may have any name
     if name not in outputs:
-        raise UpstreamInvalid(f"the victim's answer has no output {name!r}, but {', '.join(map(repr, outputs))}")
+        found = ", ".join(map(repr, outputs)) or "others"
+        raise UpstreamInvalid(f"the victim's answer has no output {name!r}, but {found}")
     return outputs[name]
 
 

@@ -47,6 +47,48 @@ def test_every_datatype_but_fp16_round_trips_in_json(datatype: str) -> None:
     assert np.array_equal(decoded, array)
 
 
+def test_a_request_in_json_mentions_nothing_of_binary_data() -> None:
+    array = np.random.default_rng(0).random((3, 4), dtype=np.float32)
+    for output in (None, "y"):
+        message, headers = oip.encode_request(
+            [oip.Tensor("x", array)], binary=False, binary_output=False, output=output
+        )
+        assert headers == {"Content-Type": "application/json"}
+        assert b"binary" not in message
+        request = oip.decode_request(message, None)
+        assert np.array_equal(request.inputs[0].array, array)
+        assert request.outputs == ({} if output is None else {"y": False})
+
+
+def test_a_request_may_ask_for_one_output_by_name() -> None:
+    message, headers = oip.encode_request([oip.Tensor("x", np.ones(2, np.float32))], output="y")
+    assert oip.decode_request(message, oip.header_length(headers[oip.HEADER])).binary("y")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_outputs_that_nobody_asked_for_are_passed_over_whatever_they_are(binary: bool) -> None:
+    arrays = {name: np.full((2, 2), number, np.float32) for number, name in enumerate("abc")}
+    outputs = [(oip.Tensor(name, array), binary) for name, array in arrays.items()]
+    message, headers = oip.encode_response(outputs, model_name="m", model_version="1")
+    length = oip.header_length(headers.get(oip.HEADER))
+    for name, array in arrays.items():
+        (only,) = oip.decode_response(message, length, only=name).items()
+        assert only[0] == name
+        assert np.array_equal(only[1], array)
+    assert oip.decode_response(message, length, only="d") == {}
+    texts = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["glioma"]}
+    mixed = json.dumps({"outputs": [texts, {**NUMBERS, "name": "y"}]}).encode()
+    assert oip.decode_response(mixed, None, only="y")["y"].shape == (2, 2)
+    with pytest.raises(Unsupported, match="BYTES"):
+        oip.decode_response(mixed, None)
+
+
+def test_parameters_that_are_null_are_none() -> None:
+    assert not decode({**NUMBERS, "parameters": None}, parameters=None).binary_default
+    answer = {"outputs": [{**NUMBERS, "parameters": None}], "parameters": None, "id": None}
+    assert oip.decode_response(json.dumps(answer).encode(), None)["x"].shape == (2, 2)
+
+
 def test_float32_survives_json_unrounded() -> None:
     array = np.random.default_rng(0).random((3, 4), dtype=np.float32)
     message, _ = oip.encode_response([(oip.Tensor("y", array), False)], model_name="m", model_version="1")
