@@ -13,7 +13,7 @@ from defense.noise_floor import ProbeReport, probe
 from defense.objectives import ScoreKind
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
-from services.protocol.client import Wire
+from services.protocol.client import WireName
 from services.protocol.errors import TRANSIENT, ServiceError
 from training.cli import UserError, non_negative_float, positive_int
 from training.measuring import Endpoint
@@ -25,7 +25,7 @@ def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds --wire, --votes and --vote-noise: for victims that do not answer float32 scores to float32 tensors."""
     parser.add_argument(
         "--wire",
-        choices=get_args(Wire),
+        choices=get_args(WireName),
         default="tensor",
         help="tensor: float32, many images a request, the default; image: one 8-bit PNG a request, for a victim that "
         "knows only images",

@@ -9,9 +9,10 @@ from typing import Any, Self, TypeVar
 import httpx
 import torch
 
-from services.protocol.async_client import AsyncVictimClient, Wire
+from services.protocol.async_client import AsyncVictimClient, WireName
+from services.protocol.mapping import Mapping
 
-__all__ = ["AsyncVictimClient", "HTTPVictim", "Wire"]
+__all__ = ["AsyncVictimClient", "HTTPVictim", "WireName"]
 
 _T = TypeVar("_T")
 
@@ -32,7 +33,8 @@ class HTTPVictim:
         timeout_s: float = 60.0,
         patience_s: float = 0.0,
         on_resend: Callable[[int], None] | None = None,
-        wire: Wire = "tensor",
+        wire: WireName = "tensor",
+        mapping: Mapping | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Starts the thread; opens no connection yet."""
@@ -44,6 +46,7 @@ class HTTPVictim:
             patience_s=patience_s,
             on_resend=on_resend,
             wire=wire,
+            mapping=mapping,
             transport=transport,
         )
         self._loop = asyncio.new_event_loop()
@@ -66,7 +69,7 @@ class HTTPVictim:
         return torch.from_numpy(scores).to(images.device)
 
     def describe(self, image: torch.Tensor) -> dict[str, object]:
-        """The victim's JSON answer on one image (C,H,W), which travels as an 8-bit PNG."""
+        """What the victim says of one image (C,H,W), as `AsyncVictimClient.describe`."""
         return self._run(self._client.describe(_to_numpy(image)))
 
     def ready(self) -> bool:

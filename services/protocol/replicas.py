@@ -1,6 +1,7 @@
 """The replicas of one victim: where each of them is, and how it fares."""
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +13,22 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 5.0
 
 _MAX_DOUBLINGS = 16  # far beyond the last back-off; without a bound the power would overflow some day
+_MODEL = re.compile(r"(?P<model>(?P<root>.*)/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?")
+
+
+@dataclass(frozen=True)
+class ServerPaths:
+    """What is known of a server from the URL of a model of it.
+
+    Attributes:
+        model: where the model's metadata are.
+        server: where the server's metadata are.
+        health: where the server, rather than the model, says whether it is ready.
+    """
+
+    model: str
+    server: str
+    health: str
 
 
 @dataclass
@@ -21,6 +38,8 @@ class Replica:
     Attributes:
         url: where images are sent.
         health: where to ask, free of charge, whether it is ready.
+        server: what it is if its URL names a model of an Open Inference Protocol server; None: any other endpoint.
+        lenient: whether nothing is known of its health, so that every answer below 500 counts as ready.
         outstanding: requests sent and not answered yet.
         failures: how often in a row it failed.
         overloaded: whether its last failure was overload, which shows that it can be reached.
@@ -29,14 +48,23 @@ class Replica:
 
     url: str
     health: str
+    server: ServerPaths | None = None
+    lenient: bool = False
     outstanding: int = 0
     failures: int = 0
     overloaded: bool = False
     rests_until: float = 0.0
 
     @classmethod
-    def at(cls, url: str) -> Self:
-        """Reads a victim's URL: a bare host speaks at /predict, a URL with a path is used as it is.
+    def at(cls, url: str, *, foreign: bool = False, health: str | None = None) -> Self:
+        """Reads a victim's URL: a bare host speaks at /predict, any other URL with a path is used as it is.
+
+        A URL that ends in /v2/models/NAME, perhaps with /versions/V or /infer behind it, names a model of a server.
+
+        Args:
+            url: the URL.
+            foreign: whether it is an endpoint with ways of its own, even where its path looks like a model's.
+            health: path at the same host that answers whether it is ready, if it is not the protocol's.
 
         Raises:
             InvalidInput: it is none.
@@ -49,10 +77,31 @@ class Replica:
         if parsed.scheme not in ("http", "https") or not parsed.host or not port_fits:
             raise InvalidInput(f"{url!r} is no URL of a victim; it must look like http://host:8000")
         path = parsed.path.rstrip("/")
-        root = path.partition("/v2/")[0].removesuffix("/predict")
+
+        def sibling(other: str) -> str:
+            return str(parsed.copy_with(path=other, query=None))
+
+        named = None if foreign else _MODEL.fullmatch(path)
+        if named:
+            model, root = named["model"], named["root"]
+            return cls(
+                url=str(parsed.copy_with(path=f"{model}/infer")),
+                health=sibling(health or f"{model}/ready"),
+                server=ServerPaths(
+                    model=str(parsed.copy_with(path=model)),
+                    server=str(parsed.copy_with(path=f"{root}/v2")),
+                    health=sibling(f"{root}/v2/health/ready"),
+                ),
+            )
+        if foreign:
+            own_health = "/"
+        else:
+            root = path.partition("/v2/")[0].removesuffix("/predict")
+            own_health = f"{root}/v2/health/ready"
         return cls(
             url=str(parsed.copy_with(path=path or "/predict")),
-            health=str(parsed.copy_with(path=f"{root}/v2/health/ready", query=None)),
+            health=sibling(health or own_health),
+            lenient=foreign and health is None,
         )
 
     def rank(self, now: float) -> tuple[float, bool, int]:

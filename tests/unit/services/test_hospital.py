@@ -17,7 +17,7 @@ from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig, build_victim
 from services.protocol import oip
-from services.protocol.client import AsyncVictimClient, Wire
+from services.protocol.client import AsyncVictimClient, WireName
 from services.protocol.images import decode_image, encode_png
 from services.protocol.masks import class_map, decode_mask
 
@@ -120,7 +120,7 @@ async def test_a_segmenter_answers_tensors_with_probabilities_of_every_pixel(seg
 async def test_the_projects_client_reads_a_segmenter_over_both_wires() -> None:
     app = make_hospital(BrightIsPolyp(), SEGMENTER, settings())
     batch = (RNG.integers(0, 256, (3, 1, 32, 40)) / np.float32(255)).astype(np.float32)
-    wires: tuple[Wire, ...] = ("tensor", "image")
+    wires: tuple[WireName, ...] = ("tensor", "image")
     async with app.router.lifespan_context(app):
         for wire in wires:
             async with AsyncVictimClient(["http://test"], wire=wire, transport=httpx.ASGITransport(app)) as victim:

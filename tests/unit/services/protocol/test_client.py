@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.protocol import async_client, oip, replicas
+from services.protocol import oip, pool, replicas
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.errors import (
     InvalidInput,
@@ -56,8 +56,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The client's time; its back-off is a second at first and has no jitter."""
     clock = Clock()
-    monkeypatch.setattr(async_client, "time", clock)
-    monkeypatch.setattr(async_client.asyncio, "sleep", clock.sleep)
+    monkeypatch.setattr(pool, "time", clock)
+    monkeypatch.setattr(pool.asyncio, "sleep", clock.sleep)
     monkeypatch.setattr(replicas, "BACKOFF_FIRST_S", 1.0)
     monkeypatch.setattr(replicas.random, "uniform", lambda _low, high: high)
     return clock
@@ -162,8 +162,8 @@ async def test_tensors_travel_unrounded_in_binary() -> None:
         ("http://h:1", "http://h:1/predict", "http://h:1/v2/health/ready"),
         ("https://h/", "https://h/predict", "https://h/v2/health/ready"),
         ("http://h/predict", "http://h/predict", "http://h/v2/health/ready"),
-        ("http://h/v2/models/m/infer", "http://h/v2/models/m/infer", "http://h/v2/health/ready"),
-        ("http://h/a/v2/models/m/infer", "http://h/a/v2/models/m/infer", "http://h/a/v2/health/ready"),
+        ("http://h/a/score?key=1", "http://h/a/score?key=1", "http://h/a/score/v2/health/ready"),
+        ("http://h/v2/models", "http://h/v2/models", "http://h/v2/health/ready"),
     ],
 )
 @pytest.mark.anyio

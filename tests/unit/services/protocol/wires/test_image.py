@@ -12,8 +12,9 @@ from services.protocol.calls import read_call
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.errors import InvalidInput, Overloaded, UpstreamInvalid
 from services.protocol.images import decode_image
+from services.protocol.mapping import Mapping
 from services.protocol.masks import encode_mask
-from services.protocol.uploads import encode_upload, read_told
+from services.protocol.wires.image import encode_upload
 
 URL = "http://victim:8000"
 
@@ -90,84 +91,6 @@ async def test_labels_without_probabilities_become_one_hot() -> None:
     assert scores.sum(1).tolist() == [1.0] * 10
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (b"<html>", "no JSON"),
-        (b"[]", "no JSON object"),
-        (b"{}", "no probabilities, mask or label, but nothing"),
-        (b'{"score": 1}', "but 'score'"),
-        (b'{"mask": null}', "no probabilities, mask or label, but 'mask'"),
-        (b'{"label": "a"}', "is the label 'a' alone.* in `labels`"),
-        (b'{"label": "a", "labels": ["b", "c"]}', "none of its `labels`"),
-        (b'{"label": "a", "labels": ["a"]}', "two or more different"),
-        (b'{"label": "a", "labels": ["a", "a"]}', "two or more different"),
-        (b'{"label": "a", "labels": "ab"}', "no list of names"),
-        (b'{"labels": ["a", "b"], "probabilities": [1, 0, 0]}', "3 probabilities for 2 labels"),
-        (b'{"probabilities": {"a": 1}}', "no list of numbers"),
-        (b'{"probabilities": []}', "no list of numbers"),
-        (b'{"probabilities": ["1", "0"]}', "no list of numbers"),
-        (b'{"probabilities": [true, false]}', "no list of numbers"),
-        (b'{"probabilities": [NaN, 0]}', "not finite"),
-        (b'{"probabilities": [1e300, 0]}', "not finite"),
-        (b'{"probabilities": [1' + 400 * b"0" + b", 0]}", "not finite"),
-    ],
-)
-def test_what_is_no_answer_to_an_image_is_refused_in_words(answer: bytes, message: str) -> None:
-    with pytest.raises(UpstreamInvalid, match=message):
-        read_told(answer, size=(4, 4))
-
-
-def test_probabilities_need_no_labels_and_outrank_a_mask_which_outranks_a_label() -> None:
-    def read(**answer: Any) -> tuple[list[float], tuple[str, ...] | None]:
-        one = read_told(json.dumps(answer).encode(), size=(1, 2))
-        return one.scores.tolist(), one.labels
-
-    assert read(probabilities=[0.25, 0.75]) == ([0.25, 0.75], None)
-    every = {"label": "a", "labels": ["a", "b"], "mask": masked(np.array([[0, 1]])), "probabilities": [0.25, 0.75]}
-    assert read(**every) == ([0.25, 0.75], ("a", "b"))
-    every["probabilities"] = None
-    assert read(**every) == ([[[1.0, 0.0]], [[0.0, 1.0]]], ("a", "b"))
-    every["mask"] = None
-    assert read(**every) == ([1.0, 0.0], ("a", "b"))
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_mask_becomes_one_hot_at_every_pixel(count: int) -> None:
-    classes = np.random.default_rng(0).integers(0, count, (5, 7))
-    labels = ["background", "polyp", "tool"][:count]
-    content = json.dumps({"labels": labels, "lesion_fraction": 0.5, "mask": masked(classes, count)}).encode()
-    one = read_told(content, size=(5, 7))
-    assert one.labels == tuple(labels)
-    assert one.scores.dtype == np.float32
-    assert np.array_equal(one.scores, np.eye(count)[classes].transpose(2, 0, 1))
-
-
-HEAD = '{"labels": ["a", "b"], "mask": '
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ('{"mask": "aaaa"}', "a mask whose classes are unknown.* in `labels`"),
-        ('{"mask": "aaaa", "labels": ["a"]}', "two or more different"),
-        (HEAD + "[[0, 1]]}", "`mask` is no PNG in base64"),
-        (HEAD + '"data:image/png;base64,aaaa"}', "`mask` is no base64"),
-        (HEAD + '"aaa"}', "`mask` is no base64"),
-        (HEAD + '"\u00e4\u00e4\u00e4\u00e4"}', "`mask` is no base64"),
-        (HEAD + '""}', "the mask is empty"),
-        (HEAD + '"aaaa"}', "the mask is no PNG"),
-        (f'{HEAD}"{masked(np.zeros((4, 5), int))}"}}', "the mask has 5 x 4 pixels; at most 16"),
-        (f'{HEAD}"{masked(np.zeros((3, 4), int))}"}}', "the mask has 4 x 3 pixels, the image 4 x 4"),
-        (f'{HEAD}"{masked(np.ones((4, 4), int), 3)}"}}', "the value 128"),
-    ],
-)
-def test_what_is_no_mask_of_the_image_is_refused_in_words(answer: str, message: str) -> None:
-    with pytest.raises(UpstreamInvalid, match=message) as caught:
-        read_told(answer.encode(), size=(4, 4))
-    assert type(caught.value) is UpstreamInvalid
-
-
 @pytest.mark.anyio
 async def test_masks_come_back_as_scores_of_every_pixel_in_order() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
@@ -231,3 +154,128 @@ def test_the_synchronous_client_speaks_images_too_also_when_it_asks_for_names() 
         images = torch.from_numpy(levels(30)[24:28].copy())
         assert victim(images).argmax(1).tolist() == [0, 0, 2, 2]
         assert json.dumps(victim.describe(images[0])) == '{"label": "a", "labels": ["a", "b", "c"]}'
+
+
+def mapped(handler: Any, url: str = "http://elsewhere/models/scan:classify", **content: Any) -> AsyncVictimClient:
+    """A client of somebody else's endpoint."""
+    mapping = Mapping.model_validate({"answer": {"scores": "p"}, **content})
+    return AsyncVictimClient([url], mapping=mapping, transport=httpx.MockTransport(handler))
+
+
+def in_form(request: httpx.Request) -> bytes:
+    assert b'name="scan"; filename="image.png"' in request.content
+    return request.content.partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0]
+
+
+def in_body(request: httpx.Request) -> bytes:
+    assert request.headers["Content-Type"] == "image/png"
+    return request.content
+
+
+def in_json(request: httpx.Request) -> bytes:
+    assert request.headers["Content-Type"] == "application/json"
+    sent = json.loads(request.content)
+    assert sent["options"] == {"top": 2, "all": True, "none": None}
+    head, _, image = sent["inputs"][0]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    return base64.b64decode(image, validate=True)
+
+
+TEMPLATE = {
+    "options": {"top": 2, "all": True, "none": None},
+    "inputs": [{"url": "data:image/png;base64,{image}"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("sending", "image_of"),
+    [({"form": "scan"}, in_form), ({"body": "image/png"}, in_body), ({"json": TEMPLATE}, in_json)],
+)
+@pytest.mark.anyio
+async def test_a_mapping_says_how_an_image_is_sent_and_where_its_scores_are(sending: Any, image_of: Any) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == "http://elsewhere/models/scan:classify"
+        assert request.headers["X-Key"] == "k"
+        level = float(decode_image(image_of(request), channels=3, size=(4, 4)).mean())
+        return httpx.Response(200, json=[{"b": 1 - level, "a": level}])
+
+    content = {"image": sending, "headers": {"X-Key": "k"}, "answer": {"scores": "0"}, "labels": ["a", "b"]}
+    async with mapped(handler, **content) as victim:
+        scores = await victim.infer(levels(9, channels=3))
+        np.testing.assert_allclose(scores[:, 0], np.arange(9) / 255, atol=1e-6)
+        described = await victim.describe(levels(1, channels=3)[0])
+    assert described == {"label": "b", "labels": ["a", "b"], "probabilities": [0.0, 1.0]}
+
+
+@pytest.mark.anyio
+async def test_what_a_mapped_segmenter_says_is_told_in_this_projects_form() -> None:
+    plane = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        return told(p=plane.tolist())
+
+    async with mapped(handler, image={"form": "file"}, answer={"mask": "p"}) as victim:
+        scores = await victim.infer(levels(2))
+        described = await victim.describe(levels(1)[0])
+    assert np.array_equal(scores, np.broadcast_to(np.stack([1 - plane, plane]), (2, 2, 4, 4)))
+    assert described == {"labels": ["0", "1"], "mask": masked(plane > 0.5)}
+
+
+@pytest.mark.anyio
+async def test_a_mapping_of_an_endpoint_outranks_what_its_url_looks_like() -> None:
+    asked: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return told(p=[0.5, 0.5])
+
+    async with mapped(handler, "http://elsewhere/v2/models/m", image={"form": "file"}) as victim:
+        await victim.infer(levels(1))
+    assert asked == ["/v2/models/m"]
+
+
+@pytest.mark.parametrize(
+    ("status", "health", "ready"),
+    [(200, None, True), (404, None, True), (500, None, False), (503, None, False), (404, "/up", False)],
+)
+@pytest.mark.anyio
+async def test_where_nothing_is_known_of_its_health_any_answer_of_the_host_will_do(
+    status: int, health: str | None, ready: bool
+) -> None:
+    asked: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        assert request.headers["X-Key"] == "k"
+        return httpx.Response(status)
+
+    async with mapped(handler, image={"form": "file"}, headers={"X-Key": "k"}, health=health) as victim:
+        assert await victim.ready() is ready
+    assert asked == [f"http://elsewhere{health or '/'}"]
+
+
+@pytest.mark.anyio
+async def test_labels_of_a_mapping_name_what_a_victim_of_our_own_form_does_not() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return told(label="b" if uploaded(request).mean() > 0 else "a")
+
+    async with client(handler, mapping=Mapping(labels=("a", "b"))) as victim:
+        assert (await victim.infer(levels(2))).tolist() == [[1, 0], [0, 1]]
+        assert (await victim.describe(levels(2)[1]))["label"] == "b"
+
+
+def test_no_error_tells_a_header_even_if_the_victim_does() -> None:
+    content = {"image": {"form": "file"}, "answer": {"scores": "p"}, "headers": {"Authorization": "Bearer s3cret-key"}}
+    mapping = Mapping.model_validate(content)
+    for answer in (
+        httpx.Response(401, json={"error": "s3cret-key is no key"}),
+        httpx.Response(403, content=b"<p>you sent: Bearer s3cret-key"),
+        told(q=1),
+    ):
+        transport = httpx.MockTransport(lambda _, answer=answer: answer)
+        with (
+            HTTPVictim([URL], mapping=mapping, transport=transport) as victim,
+            pytest.raises(UpstreamInvalid) as caught,
+        ):
+            victim(torch.zeros(1, 1, 4, 4))
+        assert "s3cret" not in str(caught.value)
