@@ -47,7 +47,7 @@ from training.measuring import (
     identify,
     locked,
 )
-from training.meeting import add_answer_arguments
+from training.meeting import add_answer_arguments, answer_options
 from training.methods import METHODS, method_list
 from training.results import NO_DEFENCE
 from training.runs import Record, Run, build_front, certificates_path, finished, plan
@@ -137,7 +137,7 @@ def _compare(arguments: argparse.Namespace, connect: zo_fit.Connect) -> int:
     if arguments.victim:
         opened = in_process(arguments.victim, device, splits)
     else:
-        opened = connect(arguments.victim_url, patience_s=PATIENCE_S, wire=arguments.wire)
+        opened = connect(arguments.victim_url, patience_s=PATIENCE_S, **answer_options(arguments))
     failed = []
     with opened as endpoint:
         where = str(arguments.victim or ", ".join(arguments.victim_url))
@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_device_argument(parser)
     add_certificate_arguments(parser, n=1000, radii=[0.0, 0.25, 0.5])
     add = parser.add_argument
-    add("--victim-url", action="append", default=[], help="the black box; repeat it for replicas")
+    add("--victim-url", action="append", default=[], help="the black box, as zo_fit has it; repeat it for replicas")
     add_answer_arguments(parser)
     add("--victim", type=Path, help="the victim's folder instead: it runs in this process; white-box methods need it")
     add("--pretrained", type=Path, help="what training.pretrain wrote")

@@ -37,6 +37,8 @@ def zo_flags(run: Run, arguments: argparse.Namespace) -> list[str]:
     answers = ["--wire", arguments.wire, "--votes", str(arguments.votes)]
     if arguments.votes > 1:
         answers += ["--vote-noise", str(arguments.vote_noise)]
+    if arguments.victim_mapping is not None:
+        answers += ["--victim-mapping", str(arguments.victim_mapping)]
     return [
         *answers,
         *(flag for url in urls for flag in ("--victim-url", url)),

@@ -101,7 +101,8 @@ def identify(endpoint: Endpoint, url: str, image: Tensor, labels: Sequence[str])
     answer = endpoint.describe(image)
     if answer.get("labels") != list(labels):
         raise UserError(
-            f"{url} knows the classes {answer.get('labels')}, the data has {list(labels)}: use matching ones"
+            f"{url} knows the classes {answer.get('labels')}, the data has {list(labels)}: use matching ones "
+            "(a --victim-mapping with `labels` names those of a victim that does not)"
         )
     match answer.get("artifact"):
         case None:

@@ -2,7 +2,8 @@
 
 import argparse
 import logging
-from typing import get_args
+from pathlib import Path
+from typing import TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -15,14 +16,28 @@ from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from services.protocol.client import WireName
 from services.protocol.errors import TRANSIENT, ServiceError
+from services.protocol.mapping import Mapping, load_mapping
 from training.cli import UserError, non_negative_float, positive_int
 from training.measuring import Endpoint
 
 logger = logging.getLogger(__name__)
 
 
+class AnswerOptions(TypedDict):
+    """Arguments of `HTTPVictim`."""
+
+    wire: WireName
+    mapping: Mapping | None
+
+
 def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds --wire, --votes and --vote-noise: for victims that do not answer float32 scores to float32 tensors."""
+    """Adds --victim-mapping, --wire, --votes and --vote-noise: for victims that are asked, or answer, in other ways."""
+    parser.add_argument(
+        "--victim-mapping",
+        type=Path,
+        help="TOML or JSON file that says what the URL does not: headers, labels, how an image is sent and where the "
+        "scores are in the answer (services/protocol/mapping.py)",
+    )
     parser.add_argument(
         "--wire",
         choices=get_args(WireName),
@@ -40,6 +55,15 @@ def add_answer_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--vote-noise", type=non_negative_float, default=0.1, help="standard deviation of theirs (default 0.1)"
     )
+
+
+def answer_options(arguments: argparse.Namespace) -> AnswerOptions:
+    """What --victim-mapping and --wire mean to the victim's client.
+
+    Raises:
+        InvalidInput: The mapping is none.
+    """
+    return {"wire": arguments.wire, "mapping": load_mapping(arguments.victim_mapping)}
 
 
 def meet(

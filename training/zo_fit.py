@@ -34,7 +34,7 @@ from training import cli, pretrain
 from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger, under
 from training.datasets import Splits, load_data
 from training.measuring import Endpoint
-from training.meeting import meet, meet_again
+from training.meeting import answer_options, meet, meet_again
 from training.presets import PRESETS, expanded
 from training.provenance import settings_of, versions
 from training.validation import Validation
@@ -62,6 +62,7 @@ _PROBE_IMAGES = 32
 MAY_CHANGE = frozenset(
     {
         "victim_url",
+        "victim_mapping",
         "max_queries",
         "steps",
         "patience",
@@ -111,6 +112,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     if arguments.estimator == "exact" and connect is HTTPVictim:
         raise cli.UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
     device = resolve_device(arguments.device)
+    answers = answer_options(arguments)
     splits = load_data(arguments)
     settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
     with ExitStack() as stack:
@@ -136,7 +138,7 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 in_flight=arguments.in_flight,
                 patience_s=arguments.patience,
                 on_resend=partial(ledger.charge, "resent"),
-                wire=arguments.wire,
+                **answers,
             )
         )
         victim = metered(client, ledger, arguments)

@@ -19,7 +19,13 @@ AUTO = "auto"
 def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all arguments but those of data and device."""
     victim = parser.add_argument_group("the victim")
-    victim.add_argument("--victim-url", action="append", required=True, help="repeat it for replicas of one victim")
+    victim.add_argument(
+        "--victim-url",
+        action="append",
+        required=True,
+        help="http://host:8000, or a model of an Open Inference Protocol server: http://host:8000/v2/models/NAME; "
+        "repeat it for replicas of one victim",
+    )
     victim.add_argument("--max-queries", type=cli.positive_int, default=40_000, help="hard budget (default 40000)")
     victim.add_argument(
         "--patience", type=cli.positive_float, default=120.0, help="seconds to wait for a victim that is away"

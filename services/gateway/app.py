@@ -30,6 +30,7 @@ from services.protocol.errors import (
     UpstreamUnreachable,
 )
 from services.protocol.http import make_app
+from services.protocol.mapping import load_mapping
 
 VERSION = "1"
 
@@ -80,7 +81,7 @@ def make_gateway(
         transport: in place of the network to the victim, for tests.
 
     Raises:
-        ServiceError: a URL is none, or the device of the settings cannot be used.
+        ServiceError: a URL or the mapping is none, or the device of the settings cannot be used.
     """
     manifest = artifact.manifest
     labels = manifest.labels
@@ -104,6 +105,8 @@ def make_gateway(
         batch=settings.forward_batch,
         in_flight=settings.in_flight,
         timeout_s=settings.timeout_s,
+        wire=settings.wire,
+        mapping=load_mapping(settings.victim_mapping),
         transport=transport,
     )
     batcher = Batcher(

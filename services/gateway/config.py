@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from services.protocol.client import WireName
 from services.runtime import ServiceSettings
 
 
@@ -19,7 +20,15 @@ class GatewaySettings(ServiceSettings):
 
     artifact: Path = Field(description="directory of the sanitizer, as training.zo_fit wrote it")
     victim_url: Annotated[tuple[str, ...], NoDecode] = Field(
-        min_length=1, description="the victim's URL; repeat it (or separate by commas) for replicas"
+        min_length=1,
+        description="the victim's URL, or that of a model of an Open Inference Protocol server (.../v2/models/NAME); "
+        "repeat it (or separate by commas) for replicas",
+    )
+    victim_mapping: Path | None = Field(
+        None, description="file that says what the URL does not: headers, labels, or how an image is sent"
+    )
+    wire: WireName = Field(
+        "tensor", description="how images travel to the victim: float32 tensors, or one 8-bit PNG a request"
     )
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     model_name: str = Field("defended", min_length=1, description="name of the model under /v2/models")

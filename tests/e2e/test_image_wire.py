@@ -1,11 +1,13 @@
-"""zo_fit against a real server that knows only images: one upload a request, JSON back, perhaps nothing but a label."""
+"""zo_fit against a real server that knows only images: one a request, JSON back, perhaps nothing but a label."""
 
+import base64
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -14,6 +16,7 @@ from fastapi import FastAPI, Request
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
 from services.protocol.calls import read_call
+from services.protocol.images import decode_image
 from training import pretrain, zo_fit
 from training.checkpoint import Journal
 from training.datasets import ImageSet, Splits
@@ -30,15 +33,28 @@ class ImageServer:
         self.received = 0
         self.app = FastAPI()
         self.app.post("/predict")(self.predict)
+        self.app.post("/models/sides:classify")(self.classify)
 
     async def predict(self, request: Request) -> dict[str, object]:
         assert request.headers["Content-Type"].startswith("multipart/form-data")
-        image = torch.from_numpy((await read_call(request, (1, SIZE, SIZE), max_body_bytes=10**6)).images[0])
+        probabilities = self.compare((await read_call(request, (1, SIZE, SIZE), max_body_bytes=10**6)).images[0])
+        told = {"label": LABELS[int(probabilities[0] < 0.5)], "labels": LABELS}
+        return told if self.names_only else {**told, "probabilities": probabilities}
+
+    async def classify(self, request: Request) -> list[dict[str, object]]:
+        """The same for those who have a key, in a form of its own: base64 in, the best class first out."""
+        assert request.headers["Authorization"] == "Bearer s3cret"
+        (sent,) = (await request.json())["instances"]
+        png = base64.b64decode(sent["b64"], validate=True)
+        probabilities = self.compare(decode_image(png, channels=1, size=(SIZE, SIZE)))
+        pairs = sorted(zip(probabilities, LABELS, strict=True), reverse=True)
+        return [{"label": label, "score": score} for score, label in pairs]
+
+    def compare(self, image: np.ndarray) -> list[float]:
         self.received += 1
         difference = 30 * (image[..., : SIZE // 2] - image[..., SIZE // 2 :]).mean()
-        probabilities = torch.stack([difference, -difference]).softmax(0).tolist()
-        told = {"label": LABELS[int(difference < 0)], "labels": LABELS}
-        return told if self.names_only else {**told, "probabilities": probabilities}
+        probabilities: list[float] = torch.tensor([difference, -difference]).softmax(0).tolist()
+        return probabilities
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -79,6 +95,27 @@ def test_a_victim_that_knows_only_images_is_learned_from_one_upload_at_a_time(fl
     assert manifest.queries_spent == victim.received == Journal.total(tmp_path / "out")
     assert manifest.labels == LABELS
     assert manifest.provenance.estimator["mu"] > 0.005  # 8 bits hide the published step
+
+
+def test_an_endpoint_with_ways_of_its_own_is_learned_through_a_mapping(flags, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SIDES_KEY", "s3cret")
+    mapping = tmp_path / "sides.toml"
+    mapping.write_text(
+        """
+        labels = ["left", "right"]
+        headers = { Authorization = "Bearer ${SIDES_KEY}" }
+        image = { json = { instances = [{ b64 = "{image}" }] } }
+        answer = { scores = "" }
+        """
+    )
+    victim = ImageServer(names_only=False)
+    with victim.running() as url:
+        where = ["--victim-url", f"{url}/models/sides:classify", "--victim-mapping", str(mapping)]
+        assert zo_fit.main([*where, "--steps", "2", *flags, "--wire", "tensor"]) == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.queries_spent == victim.received == Journal.total(tmp_path / "out")
+    assert manifest.labels == LABELS
+    assert "s3cret" not in manifest.model_dump_json() + caplog.text
 
 
 def test_a_victim_that_tells_only_labels_is_refused_by_name_and_votes_are_the_remedy(flags, tmp_path, capsys):

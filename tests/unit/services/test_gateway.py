@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
+from services.protocol.errors import InvalidInput
 from services.protocol.images import decode_image, encode_png
 from services.protocol.masks import class_map, decode_mask
 
@@ -100,7 +102,7 @@ def segmenting(request: httpx.Request) -> httpx.Response:
 
 @asynccontextmanager
 async def gateway(
-    upstream: Upstream,
+    upstream: httpx.AsyncBaseTransport,
     sanitizer: nn.Module | None = None,
     *,
     labels: tuple[str, ...] = ("bright", "dark"),
@@ -525,3 +527,61 @@ async def test_concurrent_clients_get_their_own_answers() -> None:
 )
 def test_victim_urls_are_given_one_by_one_or_separated_by_commas(value: object, urls: tuple[str, ...]) -> None:
     assert GatewaySettings(**{"artifact": "x", "victim_url": value}).victim_url == urls
+
+
+async def test_a_victim_that_others_made_is_asked_as_the_mapping_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VICTIM_KEY", "s3cret")
+    mapping = tmp_path / "victim.toml"
+    mapping.write_text(
+        """
+        labels = ["bright", "dark"]
+        headers = { X-Key = "${VICTIM_KEY}" }
+        image = { body = "image/png" }
+        answer = { scores = "result" }
+        """
+    )
+    asked: list[np.ndarray] = []
+
+    class Foreign(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert request.headers["X-Key"] == "s3cret"
+            if request.method == "GET":
+                return httpx.Response(404)
+            asked.append(decode_image(await request.aread(), channels=1, size=(8, 6)))
+            if len(asked) > 2:
+                return httpx.Response(200, json={"error": request.headers["X-Key"]})
+            bright, dark = victim(asked[-1][None])[0].tolist()
+            return httpx.Response(200, json={"result": {"dark": dark, "bright": bright}})
+
+    urls = {"victim_url": "http://elsewhere/classify", "victim_mapping": mapping}
+    async with gateway(Foreign(), labels=(), **urls) as http:
+        assert (await http.get("/v2/health/ready")).status_code == 200
+        told = (await http.post("/predict", files={"file": WHITE})).json()
+        assert (told["labels"], told["label"], told["probabilities"]) == (["bright", "dark"], "dark", [0, 1])
+        assert len(asked) == 2  # its scores, and its names
+        assert all((image == 0).all() for image in asked)
+        response = await http.post("/predict", **tensor_request(images(1)))
+        assert_error(response, 502)
+    assert "s3cret" not in response.text + caplog.text
+
+
+async def test_the_wire_is_a_setting() -> None:
+    class Uploads(Upstream):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert request.headers["Content-Type"].startswith("multipart/form-data")
+            return httpx.Response(200, json={"labels": ["bright", "dark"], "probabilities": [0.25, 0.75]})
+
+    async with gateway(Uploads(), wire="image") as http:
+        assert scores_of(await http.post("/predict", **tensor_request(images(3)))).tolist() == [[0.25, 0.75]] * 3
+
+
+def test_a_mapping_that_is_none_is_told_when_the_gateway_is_made(tmp_path: Path) -> None:
+    settings = GatewaySettings(artifact="unused", victim_url="http://victim", victim_mapping=tmp_path / "missing.toml")
+    artifact: Any = SimpleNamespace(
+        sanitizer=Inverts(),
+        manifest=SimpleNamespace(**SIGNATURE, labels=[], input=SimpleNamespace(channels=1, height=8, width=6)),
+    )
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        make_gateway(artifact, settings)

@@ -51,9 +51,11 @@ class Victim:
         self.slope = 30.0
         self.artifact: object = None
         self.up = True
+        self.options: list[dict[str, object]] = []
 
     @contextmanager
-    def connect(self, urls, **_):
+    def connect(self, urls, **options):
+        self.options.append(options)
         yield self
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -326,6 +328,16 @@ def test_flags_that_zo_fit_does_not_know_are_told_before_anything_runs(run, vict
 def test_what_is_missing_is_told(run, tmp_path, capsys, arguments, message):
     assert compare.main([*arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_comparison_and_training_ask_the_victim_in_the_same_way(run, victim, tmp_path):
+    mapping = tmp_path / "victim.toml"
+    mapping.write_text('labels = ["left", "right"]')
+    assert run("zo-ds", "--victim-mapping", str(mapping), "--wire", "image") == 0
+    assert len(victim.options) == 2
+    for options in victim.options:
+        assert options["wire"] == "image"
+        assert options["mapping"].labels == ("left", "right")
 
 
 def test_an_unknown_method_is_refused_with_the_names_of_all(capsys):

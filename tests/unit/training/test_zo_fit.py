@@ -350,3 +350,20 @@ def test_a_method_without_differences_learns_from_labels_and_probes_for_less(fit
 def test_the_wire_is_handed_to_the_client(fit, endpoint, wire):
     assert fit("--steps", "1", "--wire", wire) == 0
     assert endpoint.options["wire"] == wire
+
+
+def test_the_mapping_is_handed_to_the_client_and_may_change_when_the_run_is_resumed(fit, endpoint, tmp_path):
+    for steps, label in (("1", "x"), ("2", "y")):
+        (tmp_path / f"{label}.toml").write_text(f'labels = ["{label}", "z"]')
+        resumed = ["--resume"] if steps == "2" else []
+        assert fit("--steps", steps, "--victim-mapping", str(tmp_path / f"{label}.toml"), *resumed) == 0
+        assert endpoint.options["mapping"].labels == (label, "z")
+    assert fit("--steps", "1", out="other") == 0
+    assert endpoint.options["mapping"] is None
+
+
+def test_a_mapping_that_is_none_is_told_before_anything_is_trained_or_spent(fit, endpoint, tmp_path, capsys):
+    assert fit("--victim-mapping", str(tmp_path / "missing.toml")) == 2
+    assert "missing.toml cannot be read" in capsys.readouterr().err
+    assert endpoint.received == 0
+    assert not (tmp_path / "out" / "pretrained").exists()
