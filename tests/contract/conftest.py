@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
 
 Defend = Callable[[nn.Module, VictimConfig], str]
+Front = Callable[..., str]
 
 
 class Inverts(nn.Module):
@@ -41,12 +42,12 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def defend() -> Iterator[Defend]:
-    """Serves a victim behind a gateway that inverts images; returns the gateway's host and port."""
+def front() -> Iterator[Front]:
+    """Serves a gateway that inverts images in front of a victim's URL; returns the gateway's host and port."""
     with ExitStack() as stack:
 
-        def serve(victim: nn.Module, config: VictimConfig) -> str:
-            height, width = config.size
+        def serve(victim_url: str, shape: tuple[int, int, int], labels: Sequence[str] = (), **settings: Any) -> str:
+            channels, height, width = shape
             artifact: Any = SimpleNamespace(
                 sanitizer=Inverts(),
                 manifest=SimpleNamespace(
@@ -54,13 +55,24 @@ def defend() -> Iterator[Defend]:
                     name="ours",
                     sigma=0.25,
                     queries_spent=1234,
-                    labels=list(config.labels),
-                    input=SimpleNamespace(channels=config.channels, height=height, width=width),
+                    labels=list(labels),
+                    input=SimpleNamespace(channels=channels, height=height, width=width),
                 ),
             )
+            fixed = {"artifact": "unused", "victim_url": victim_url, "device": "cpu", "max_body_mb": 1}
+            return stack.enter_context(listening(make_gateway(artifact, GatewaySettings(**fixed, **settings))))
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def defend(front: Front) -> Iterator[Defend]:
+    """Serves a victim behind a gateway that inverts images; returns the gateway's host and port."""
+    with ExitStack() as stack:
+
+        def serve(victim: nn.Module, config: VictimConfig) -> str:
             hospital = make_hospital(victim, config, HospitalSettings(model="unused", device="cpu"))
             upstream = stack.enter_context(listening(hospital))
-            settings = GatewaySettings(artifact="unused", victim_url=f"http://{upstream}", device="cpu", max_body_mb=1)
-            return stack.enter_context(listening(make_gateway(artifact, settings)))
+            return front(f"http://{upstream}", (config.channels, *config.size), config.labels)
 
         yield serve
