@@ -1,5 +1,6 @@
 """Clients that we did not write speak to a gateway in front of a segmenter: tritonclient, and what curl would send."""
 
+import asyncio
 import base64
 import io
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -49,6 +51,19 @@ def test_tritonclient_receives_the_probabilities_of_every_pixel(url: str, binary
     assert scores.shape == (5, 2, 32, 48)
     assert scores.dtype == np.float32
     assert scores == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("binary", [True, False])
+async def test_the_asynchronous_client_receives_them_too(url: str, binary: bool) -> None:
+    expected = BrightIsPolyp()(1 - torch.from_numpy(IMAGES)).softmax(1).numpy()
+    async with triton_aio.InferenceServerClient(url) as client:
+        sent = triton_aio.InferInput("images", list(IMAGES.shape), "FP32")
+        sent.set_data_from_numpy(IMAGES, binary_data=binary)
+        wanted = [triton_aio.InferRequestedOutput("probabilities", binary_data=binary)]
+        answers = await asyncio.gather(*(client.infer("defended", [sent], outputs=wanted) for _ in range(3)))
+    for answer in answers:
+        assert answer.as_numpy("probabilities") == pytest.approx(expected, rel=1e-4)
 
 
 LESION = (60, 40, 300, 160)

@@ -1,5 +1,6 @@
 """A client that we did not write speaks to the gateway, which speaks to a hospital: real sockets, real models."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -151,3 +152,36 @@ async def test_the_asynchronous_client(url: str) -> None:
             assert result.as_numpy("probabilities") == pytest.approx(expected(IMAGES), rel=1e-4)
         with pytest.raises(triton.InferenceServerException, match="unknown model"):
             await client.infer("other", [tensor(triton_aio, IMAGES)])
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client_asks_everything_that_the_other_one_does(url: str) -> None:
+    async with triton_aio.InferenceServerClient(url) as client:
+        assert await client.is_server_live()
+        assert await client.is_model_ready("defended", "1")
+        assert not await client.is_model_ready("other")
+        assert "binary_tensor_data" in (await client.get_server_metadata())["extensions"]
+        assert (await client.get_model_metadata("defended", "1"))["outputs"][0]["shape"] == [-1, 3]
+        for algorithm in ("gzip", "deflate"):
+            result = await client.infer(
+                "defended",
+                [tensor(triton_aio, IMAGES)],
+                model_version="1",
+                request_id="17",
+                request_compression_algorithm=algorithm,
+                response_compression_algorithm=algorithm,
+            )
+            assert result.as_numpy("probabilities") == pytest.approx(expected(IMAGES), rel=1e-4)
+            assert result.get_response()["id"] == "17"
+            assert result.get_response()["parameters"]["artifact_id"] == "sha256-abc"
+        asked = (client.infer("defended", [tensor(triton_aio, IMAGES[i : i + 1])]) for i in range(5))
+        scores = [answer.as_numpy("probabilities") for answer in await asyncio.gather(*asked)]
+        assert np.concatenate(scores) == pytest.approx(expected(IMAGES), rel=1e-4)
+        wrong: list[tuple[str, Any, str]] = [
+            ("400", tensor(triton_aio, IMAGES[:, :, :8]), "expected shape"),
+            ("501", tensor(triton_aio, np.array([b"x"], dtype=object), "BYTES"), "BYTES"),
+        ]
+        for status, sent, words in wrong:
+            with pytest.raises(triton.InferenceServerException, match=words) as caught:
+                await client.infer("defended", [sent])
+            assert status in caught.value.status()
