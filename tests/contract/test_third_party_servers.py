@@ -3,19 +3,24 @@
 import base64
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import tritonclient.http as triton
-from arithmetic import SHAPE, classify, segment
+from arithmetic import SHAPE, SIDES, classify, segment
 from PIL import Image
 from third_party import kserve, mlserver
 
+from defense.artifact import load_artifact
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import InvalidInput, NotFound, ServiceError, UpstreamInvalid
 from services.protocol.mapping import Mapping
+from training import pretrain, zo_fit
+from training.datasets import ImageSet, Splits
 
 IMAGES = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 CHOSEN = {"tensor": {"output": "scores"}}
@@ -144,3 +149,28 @@ def test_the_gateway_tells_nothing_of_a_model_that_is_not_there(server: str, fro
     response = httpx.post(f"http://{url}/predict", files={"file": file.getvalue()})
     assert response.status_code == 502
     assert server not in response.text
+
+
+def image_set(count: int, seed: int) -> ImageSet:
+    """Images of which one side or the other is a little brighter."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 + 0.1 * torch.rand(count, *SIDES, generator=generator)
+    images[..., :8] += 0.2 * (torch.rand(count, 1, 1, 1, generator=generator) - 0.5)
+    return ImageSet(images, torch.zeros(count, dtype=torch.int64), tuple(map(str, range(count))))
+
+
+def test_a_defence_is_learned_from_a_model_there(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = Splits("sides", ("left", "right"), image_set(60, 0), image_set(8, 1), image_set(8, 2), "f" * 64)
+    for module in (pretrain, zo_fit):
+        monkeypatch.setattr(module, "load_data", lambda *_, **__: splits)
+    made = str(tmp_path / "pretrained")
+    assert pretrain.main(["--pretrain-steps", "20", "--code", "8", "--size", "16", "--out", made]) == 0
+    mapping = tmp_path / "sides.toml"
+    mapping.write_text('labels = ["left", "right"]')
+    victim = ["--victim-url", f"{server}/v2/models/sides", "--victim-mapping", str(mapping), "--batch-images", "64"]
+    quick = ["--batch", "4", "--directions", "3", "--steps", "2", "--device", "cpu"]
+    assert zo_fit.main([*victim, *quick, "--pretrained", made, "--out", str(tmp_path / "out")]) == 0
+    manifest = load_artifact(tmp_path / "out").manifest
+    assert manifest.labels == ["left", "right"]
+    assert manifest.provenance.settings["victim_url"] == [f"{server}/v2/models/sides"]
+    assert manifest.queries_spent == sum(manifest.queries.values()) > 400

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from arithmetic import SHAPE, tensor
+from arithmetic import SHAPE, SIDES, tensor
 
 FOLDER = Path(__file__).parent / "servers"
 MLSERVER_PYTHON = "ZO_GATEWAY_MLSERVER_PYTHON"
@@ -43,15 +43,16 @@ def mlserver(folder: Path) -> Iterator[str]:
     settings = {"host": "127.0.0.1", "http_port": port, "grpc_port": grpc_port, "metrics_endpoint": None}
     (folder / "settings.json").write_text(json.dumps({**settings, "parallel_workers": 0}))
     scores = tensor("scores", "FP32", 3)
-    outputs = {
-        "classifier": [scores],
-        "segmenter": [tensor("polyp", "FP32", *SHAPE)],
-        "wordy": [tensor("word", "BYTES"), scores],
-        "undeclared": [],
+    images = tensor("x", "FP32", *SHAPE)
+    models = {
+        "classifier": {"inputs": [images], "outputs": [scores]},
+        "segmenter": {"inputs": [images], "outputs": [tensor("polyp", "FP32", *SHAPE)]},
+        "wordy": {"inputs": [images], "outputs": [tensor("word", "BYTES"), scores]},
+        "sides": {"inputs": [tensor("x", "FP32", *SIDES)], "outputs": [tensor("scores", "FP32", 2)]},
+        "undeclared": {},
     }
-    for name, told in outputs.items():
-        inputs = [tensor("x", "FP32", *SHAPE)] if told else []
-        model = {"name": name, "implementation": "mlserver_models.Arithmetic", "inputs": inputs, "outputs": told}
+    for name, told in models.items():
+        model = {"name": name, "implementation": "mlserver_models.Arithmetic", **told}
         (folder / name).mkdir()
         (folder / name / "model-settings.json").write_text(json.dumps(model))
     with _running([python, "-m", "mlserver.cli.main", "start", str(folder)], port, folder) as url:

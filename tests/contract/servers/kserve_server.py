@@ -3,7 +3,7 @@
 import sys
 
 import numpy as np
-from arithmetic import SHAPE, classify, names, segment, tensor
+from arithmetic import SHAPE, SIDES, classify, compare_sides, names, segment, tensor
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
 from kserve.utils.utils import get_predict_response
 
@@ -11,13 +11,13 @@ from kserve.utils.utils import get_predict_response
 class Declared(Model):
     """A model that says what it takes and answers; scores, and with `wordy` a word beside them."""
 
-    def __init__(self, name: str, function, scores: dict, *, wordy: bool = False) -> None:
+    def __init__(self, name: str, function, scores: dict, *, shape=SHAPE, wordy: bool = False) -> None:
         super().__init__(name)
-        self.function, self.scores, self.wordy = function, scores, wordy
+        self.function, self.scores, self.shape, self.wordy = function, scores, shape, wordy
         self.ready = True
 
     def get_input_types(self) -> list[dict]:
-        return [tensor("x", "FP32", *SHAPE)]
+        return [tensor("x", "FP32", *self.shape)]
 
     def get_output_types(self) -> list[dict]:
         return [*([tensor("word", "BYTES")] if self.wordy else []), self.scores]
@@ -57,6 +57,7 @@ if __name__ == "__main__":
             Declared("classifier", classify, tensor("scores", "FP32", 3)),
             Declared("segmenter", segment, tensor("polyp", "FP32", *SHAPE)),
             Declared("wordy", classify, tensor("scores", "FP32", 3), wordy=True),
+            Declared("sides", compare_sides, tensor("scores", "FP32", 2), shape=SIDES),
             Undeclared("undeclared"),
         ]
     )
