@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_the_example_of_the_documentation_is_read_but_for_its_alternatives(
         "encoding": "binary",
         "batch": 8,
     }
+
+
+def test_the_examples_of_the_documents_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSPITAL_TOKEN", "x")
+    text = (Path(__file__).parents[4] / "docs" / "victims.md").read_text()
+    server, endpoint = (
+        load_mapping(written(tmp_path, block)) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    )
+    assert server is not None
+    assert server.tensor is not None
+    assert (server.tensor.output, server.tensor.batch) == ("scores", 8)
+    assert endpoint is not None
+    assert endpoint.plain_headers() == {"Authorization": "Bearer x"}
+    assert endpoint.image is not None
 
 
 SENT: dict[str, Any] = {"image": {"form": "file"}, "answer": {"scores": "p"}}
