@@ -111,9 +111,13 @@ class Sending(_Part):
     def _one(self) -> Self:
         if sum(way is not None for way in (self.form, self.body, self.template)) != 1:
             raise ValueError("give exactly one of form, body and json")
-        if self.template is not None and IMAGE not in json.dumps(self.template):
+        if self.template is not None and self.filled("") == self.template:
             raise ValueError(f"no text in json holds {IMAGE}, the place of the image")
         return self
+
+    def filled(self, image: str) -> JsonValue:
+        """The template with the image, in base64, in its place."""
+        return _replaced(self.template, image)
 
 
 class Answer(_Part):
@@ -213,6 +217,16 @@ def load_mapping(path: Path | None) -> Mapping | None:
             f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ") for one in error.errors()
         )
         raise InvalidInput(f"the mapping {path} is wrong: {found}") from None
+
+
+def _replaced(value: JsonValue, image: str) -> JsonValue:
+    if isinstance(value, str):
+        return value.replace(IMAGE, image)
+    if isinstance(value, list):
+        return [_replaced(one, image) for one in value]
+    if isinstance(value, dict):
+        return {name: _replaced(one, image) for name, one in value.items()}
+    return value
 
 
 def _with_variables(name: str, value: object) -> str:

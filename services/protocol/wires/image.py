@@ -14,10 +14,9 @@ import secrets
 import httpx
 import numpy as np
 import numpy.typing as npt
-from pydantic import JsonValue
 
 from services.protocol.images import encode_png
-from services.protocol.mapping import IMAGE, Answer, Sending
+from services.protocol.mapping import Answer, Sending
 from services.protocol.wires.base import Encoded, Told, described, own_description
 from services.protocol.wires.json_answers import read_told
 
@@ -77,7 +76,7 @@ def encode_upload(image: npt.NDArray[np.floating], sending: Sending = OWN_SENDIN
         return _form(png, sending.form)
     if sending.body is not None:
         return png, {"Content-Type": sending.body}
-    filled = _filled(sending.template, base64.b64encode(png).decode())
+    filled = sending.filled(base64.b64encode(png).decode())
     return json.dumps(filled).encode(), {"Content-Type": "application/json"}
 
 
@@ -90,14 +89,3 @@ def _form(png: bytes, field: str) -> Encoded:
     )
     body = b"".join((head.encode(), png, f"\r\n--{boundary}--\r\n".encode()))
     return body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-
-
-def _filled(template: JsonValue, image: str) -> JsonValue:
-    """The template with the image in its place."""
-    if isinstance(template, str):
-        return template.replace(IMAGE, image)
-    if isinstance(template, list):
-        return [_filled(one, image) for one in template]
-    if isinstance(template, dict):
-        return {name: _filled(one, image) for name, one in template.items()}
-    return template

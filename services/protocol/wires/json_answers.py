@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from services.protocol.masks import decode_mask
 from services.protocol.scores import checked_scores
 from services.protocol.wires.base import Told, named
 
+_WHOLE = "answer"  # what a path without steps leads to, in messages
 _WORDS_LENGTH = 200
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -44,11 +46,10 @@ def read_told(content: bytes, where: Answer, labels: tuple[str, ...] | None, *, 
         return reader.mask(mask, size)
     if (label := _at(answer, where.label)) is not None:
         return reader.label(label)
-    wanted = [path or "content" for path in (where.scores, where.mask, where.label) if path is not None]
+    wanted = [path or _WHOLE for path in (where.scores, where.mask, where.label) if path is not None]
     names = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
     if isinstance(answer, dict):
-        found = ", ".join(map(repr, answer))[:_WORDS_LENGTH] or "nothing"
-        raise UpstreamInvalid(f"the victim's answer to an image has no {names}, but {found}")
+        raise UpstreamInvalid(f"the victim's answer to an image has no {names}, but {_quoted(answer)}")
     raise UpstreamInvalid(f"the victim's answer to an image has no {names}: it is no JSON object")
 
 
@@ -81,6 +82,10 @@ def _both_classes(told: JsonValue) -> JsonValue:
     return [1 - told, told] if isinstance(told, float | int) and type(told) is not bool and 0 <= told <= 1 else told
 
 
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))[:_WORDS_LENGTH] or "nothing"
+
+
 class _Reader:
     """Reads what an answer holds.
 
@@ -91,28 +96,28 @@ class _Reader:
 
     def __init__(self, where: Answer, labels: tuple[str, ...] | None) -> None:
         self._where, self._labels = where, labels
+        self._scores_path, self._mask_path = where.scores or _WHOLE, where.mask or _WHOLE
         inside = f"in `{where.labels}`" if where.labels is not None else "in its own words"
         self._remedy = f"let it name them all, {inside}, or name them in a mapping file, as `labels`"
 
     def scores(self, told: JsonValue) -> Told:
-        path = self._where.scores
         pairs = self._pairs(told)
         if pairs is not None:
             labels = self._labels or tuple(sorted(pairs))  # sorted, or each answer might bring an order of its own
             if len(labels) < 2 or set(pairs) != set(labels):
                 raise UpstreamInvalid(
-                    f"the victim's `{path}` score {', '.join(map(repr, pairs))[:_WORDS_LENGTH] or 'nothing'}, the "
-                    f"classes are {', '.join(map(repr, labels))[:_WORDS_LENGTH] or 'unknown'}: let it score each "
-                    "class, and two at least"
+                    f"the victim's `{self._scores_path}` score {_quoted(pairs)}, the classes are {_quoted(labels)}: "
+                    "let it score each class, and two at least"
                 )
             return Told(self._numbers([pairs[label] for label in labels])[None], labels)
         numbers = self._numbers(told if isinstance(told, list) else _both_classes(told))
         if self._labels is not None and len(self._labels) != len(numbers):
-            raise UpstreamInvalid(f"the victim's answer has {len(numbers)} {path} for {len(self._labels)} labels")
+            raise UpstreamInvalid(
+                f"the victim's answer has {len(numbers)} {self._scores_path} for {len(self._labels)} labels"
+            )
         return Told(numbers[None], self._labels)
 
     def mask(self, told: JsonValue, size: tuple[int, int]) -> Told:
-        path = self._where.mask
         if isinstance(told, list):
             return self._planes(told, size)
         if self._labels is None:
@@ -120,33 +125,32 @@ class _Reader:
                 f"the victim's answer to an image is a mask whose classes are unknown: {self._remedy}"
             )
         if not isinstance(told, str):
-            raise UpstreamInvalid(f"the victim's `{path}` is no PNG in base64")
+            raise UpstreamInvalid(f"the victim's `{self._mask_path}` is no PNG in base64")
         try:
             png = base64.b64decode(told, validate=True)
         except ValueError as error:
-            raise UpstreamInvalid(f"the victim's `{path}` is no base64: {error}") from error
+            raise UpstreamInvalid(f"the victim's `{self._mask_path}` is no base64: {error}") from error
         count = len(self._labels)
         try:
             classes = decode_mask(png, count, size)
         except ServiceError as error:
-            raise UpstreamInvalid(f"the victim's `{path}` cannot be used: {error.message}") from error
+            raise UpstreamInvalid(f"the victim's `{self._mask_path}` cannot be used: {error.message}") from error
         one_hot = (classes == np.arange(count)[:, None, None]).astype(np.float32)
         return Told(one_hot[None], self._labels)
 
     def label(self, told: JsonValue) -> Told:
-        path, labels = self._where.label, self._labels
-        if type(told) not in (str, int):
-            raise UpstreamInvalid(f"the victim's `{path}` is neither a label nor its number")
+        labels = self._labels
+        if not isinstance(told, str | int) or isinstance(told, bool):
+            raise UpstreamInvalid(f"the victim's `{self._where.label or _WHOLE}` is neither a label nor its number")
         if labels is None:
             raise UpstreamInvalid(
                 f"the victim's answer to an image is the label {str(told)[:_WORDS_LENGTH]!r} alone: without "
                 f"probabilities its classes have to be known, so {self._remedy}"
             )
-        known = told in labels if isinstance(told, str) else 0 <= int(told) < len(labels)  # type: ignore[arg-type]
-        if not known:
+        is_told = [told in (label, number) for number, label in enumerate(labels)]
+        if not any(is_told):
             raise UpstreamInvalid(f"the victim's label {str(told)[:_WORDS_LENGTH]!r} is none of its `labels`")
-        number = labels.index(told) if isinstance(told, str) else told
-        return Told((np.arange(len(labels)) == number).astype(np.float32)[None], labels)
+        return Told(np.array([is_told], dtype=np.float32), labels)
 
     def _pairs(self, told: JsonValue) -> dict[str, JsonValue] | None:
         """Labels and their numbers, where the scores are told in pairs; None: where they are not."""
@@ -157,10 +161,10 @@ class _Reader:
         entries: list[Any] = told
         name, number = self._where.entry_label, self._where.entry_score
         if not all(isinstance(one.get(name), str) and number in one for one in entries):
-            raise UpstreamInvalid(f"the victim's `{self._where.scores}` are no objects with {name!r} and {number!r}")
+            raise UpstreamInvalid(f"the victim's `{self._scores_path}` are no objects with {name!r} and {number!r}")
         pairs = {one[name]: one[number] for one in entries}
         if len(pairs) < len(entries):
-            raise UpstreamInvalid(f"the victim's `{self._where.scores}` name a label twice")
+            raise UpstreamInvalid(f"the victim's `{self._scores_path}` name a label twice")
         return pairs
 
     def _planes(self, told: list[JsonValue], size: tuple[int, int]) -> Told:
@@ -168,20 +172,19 @@ class _Reader:
         try:
             planes = np.array(told)
         except ValueError as error:
-            raise UpstreamInvalid(f"the victim's `{self._where.mask}` are lists of different lengths") from error
+            raise UpstreamInvalid(f"the victim's `{self._mask_path}` are lists of different lengths") from error
         if planes.ndim not in (2, 3) or planes.dtype.kind not in "fiu":
             raise UpstreamInvalid(
-                f"the victim's `{self._where.mask}` are no lists of numbers (height, width) or (classes, height, width)"
+                f"the victim's `{self._mask_path}` are no lists of numbers (height, width) or (classes, height, width)"
             )
         planes = planes[None, None] if planes.ndim == 2 else planes[None]
         return named(checked_scores(planes, (1, 1, *size)), self._labels)
 
     def _numbers(self, told: JsonValue) -> npt.NDArray[np.float32]:
-        path = self._where.scores
         is_list = isinstance(told, list) and all(type(one) in (int, float) for one in told)
         if not is_list or not isinstance(told, list) or not told:
-            raise UpstreamInvalid(f"the victim's `{path}` are no list of numbers")
+            raise UpstreamInvalid(f"the victim's `{self._scores_path}` are no list of numbers")
         values: list[Any] = told
         if not all(-_LARGEST <= one <= _LARGEST for one in values):  # false for NaN, and any integer can be compared
-            raise UpstreamInvalid(f"the victim answered {path} that are not finite")
+            raise UpstreamInvalid(f"the victim answered {self._scores_path} that are not finite")
         return np.array(values, dtype=np.float32)

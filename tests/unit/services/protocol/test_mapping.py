@@ -120,6 +120,7 @@ SENT: dict[str, Any] = {"image": {"form": "file"}, "answer": {"scores": "p"}}
         ({**SENT, "image": {"form": 'f"; x="'}}, "image.form: "),
         ({**SENT, "image": {"body": "png"}}, "image.body: "),
         ({**SENT, "image": {"json": {"a": "b"}}}, "no text in json holds {image}"),
+        ({**SENT, "image": {"json": {"{image}": 1}}}, "no text in json holds {image}"),
         ({**SENT, "answer": {}}, "where the scores, the mask or the label is"),
         ({**SENT, "answer": {"labels": "l"}}, "where the scores, the mask or the label is"),
         ({**SENT, "answer": {"scores": "a..b"}}, "between its dots"),

@@ -194,3 +194,10 @@ def test_a_mask_in_a_file_takes_its_classes_from_the_mapping() -> None:
     scores, labels = mapped({"result": {"png": masked(classes)}}, ("no", "yes"), mask="result.png")
     assert np.array_equal(np.array(scores).argmax(0), classes)
     assert labels == ("no", "yes")
+
+
+def test_the_whole_answer_has_a_name_in_messages() -> None:
+    with pytest.raises(UpstreamInvalid, match="the victim's `answer` are no list of numbers"):
+        mapped(["0.5", "0.5"], scores="")
+    with pytest.raises(UpstreamInvalid, match="has no answer: it is no JSON object"):
+        mapped(None, scores="")
