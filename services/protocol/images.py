@@ -1,10 +1,12 @@
 """The one place where the bytes of an image become numbers, and the way back.
 
-Formats are told by content and allow-listed: PNG and JPEG. Of an animated PNG the default image is read, of a
-multi-picture JPEG the first. Transparent pixels are laid over black.
+Formats are told by content and allow-listed: PNG, JPEG, TIFF, and DICOM, which has a module of its own. Of an animated
+PNG the default image is read, of a multi-picture JPEG the first, of a TIFF the first page. Transparent pixels are laid
+over black. Grey keeps 16 bits; colors of 16 bits are reduced to 8, as Pillow knows no deeper ones.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +14,29 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
+from services.protocol.tiffs import load_tiff
 
 MAX_PIXELS = 40_000_000
 """Default bound on width times height: decoded as RGB, 120 MB."""
 
-_FORMATS = ("PNG", "JPEG")
+_FORMATS = ("PNG", "JPEG", "TIFF")
+_DICOM_PLACE = slice(128, 132)
 _ALPHA_MODES = ("LA", "PA", "La", "RGBA", "RGBa")
 _ON_ITS_SIDE = (5, 6, 7, 8)  # the orientations that swap height and width
 
 # Pillow only warns about the lesser bombs. Set for the whole process, because `catch_warnings` is not thread-safe.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# Its debug log has the tags of TIFF and EXIF, which can tell of patients.
+logging.getLogger("PIL").setLevel(logging.INFO)
 
 
 def decode_image(
     data: bytes, *, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[np.float32]:
-    """Decodes a PNG or JPEG to the shape that a model takes.
+    """Decodes an image file to the shape that a model takes.
 
     The orientation tag is obeyed, 16-bit grey keeps its depth, and another size is reached by antialiased bilinear
     interpolation without regard to the aspect ratio. The same bytes always give the same numbers.
@@ -44,21 +51,48 @@ def decode_image(
         (channels, height, width), float32 in [0,1].
 
     Raises:
-        InvalidInput: the data is empty or damaged.
+        InvalidInput: the data is empty or damaged, or has several frames.
         TooLarge: more pixels than allowed.
-        UnsupportedMedia: neither PNG nor JPEG.
+        UnsupportedMedia: none of the formats, or a variant that cannot be read here; the message says why.
     """
     return decode_sized(data, channels=channels, size=size, max_pixels=max_pixels)[0]
 
 
 def decode_sized(
-    data: bytes, *, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+    data: bytes, *, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS, frame: int | None = None
 ) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
-    """`decode_image`, and the (height, width) that the image has itself, its orientation tag obeyed."""
+    """`decode_image`, and the (height, width) that the image has itself, its orientation tag obeyed.
+
+    Args:
+        data: as there.
+        channels: as there.
+        size: as there.
+        max_pixels: as there.
+        frame: number of the frame of a DICOM file, from 1; None: its only one. Other files have one frame.
+
+    Raises:
+        ServiceError: as there; `InvalidInput` also if there is no such frame.
+    """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    if data[_DICOM_PLACE] == b"DICM":
+        picture = _dicom_frame(data, frame, max_pixels)
+        return _scaled(picture, channels, size), (picture.height, picture.width)
+    if frame not in (None, 1):
+        raise InvalidInput("`frame` is for DICOM files; this image has one frame")
     with opened(data, max_pixels=max_pixels) as image:
+        if isinstance(image, TiffImageFile):
+            page = load_tiff(image, data)
+            return _scaled(page, channels, size), (page.height, page.width)
         return _to_array(image, channels, size)
+
+
+def _dicom_frame(data: bytes, frame: int | None, max_pixels: int) -> Image.Image:
+    try:
+        from services.protocol.dicom import read_frame  # pydicom is an extra, and takes a while to import
+    except ModuleNotFoundError as error:
+        raise UnsupportedMedia("this service was installed without DICOM support, the extra `dicom`") from error
+    return Image.fromarray(read_frame(data, frame=frame, max_pixels=max_pixels))
 
 
 @contextmanager
@@ -90,10 +124,12 @@ def opened(
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise TooLarge(f"{what} has more than the {max_pixels} pixels allowed") from error
     except UnidentifiedImageError as error:
-        none = f"neither {' nor '.join(formats)}" if len(formats) > 1 else f"no {formats[0]}"
+        names = (*formats, "DICOM") if formats == _FORMATS else formats
+        none = f"neither {' nor '.join(names)}" if len(names) > 1 else f"no {names[0]}"
         raise UnsupportedMedia(f"{what} is {none}, or its header is damaged") from error
     except Exception as error:  # on damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, and more
-        raise InvalidInput(f"{what} cannot be decoded: {error}") from error
+        # Not in their words: they may quote what the file says of a patient.
+        raise InvalidInput(f"{what} cannot be decoded: it is damaged or cut short") from error
 
 
 def _to_array(
@@ -115,8 +151,9 @@ def _to_array(
 def _scaled(image: Image.Image, channels: int, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     height, width = size
     if image.mode.startswith("I"):  # 16-bit grey
-        deep = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
-        grey = np.asarray(_resized(deep, width, height), dtype=np.float32)
+        image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
+    if image.mode == "F":
+        grey = np.asarray(_resized(image, width, height), dtype=np.float32)
         return np.repeat(grey[None], channels, axis=0)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         seen = image.convert("RGBA")

@@ -1,10 +1,12 @@
 import io
 import struct
+import sys
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
+from dicom_files import dicom
 from PIL import Image
 
 from services.protocol.errors import InvalidInput, TooLarge, UnsupportedMedia
@@ -21,14 +23,19 @@ def grey(values: Any) -> Image.Image:
     return Image.fromarray(np.asarray(values, dtype=np.uint8))
 
 
-def png_header_only(width: int, height: int) -> bytes:
-    """A PNG that announces a size and brings hardly any data."""
+def png(width: int, height: int, *, depth: int = 8, color: int = 0, rows: bytes) -> bytes:
+    """A PNG of these unfiltered rows."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    """A PNG that announces a size and brings hardly any data."""
+    return png(width, height, rows=b"\0" * 64)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -66,6 +73,14 @@ def test_sixteen_bit_grey_keeps_its_depth() -> None:
     decoded = decode_image(saved(Image.fromarray(values)), channels=1, size=(2, 2))
     assert decoded.ravel().tolist() == pytest.approx([0, 1 / 65535, 32768 / 65535, 1], abs=1e-7)
     assert decode_image(saved(Image.fromarray(values)), channels=3, size=(4, 4)).shape == (3, 4, 4)
+
+
+def test_sixteen_bit_colors_are_reduced_to_eight() -> None:
+    """Pillow knows no deeper ones; the error is below 1/255."""
+    levels = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    decoded = decode_image(png(5, 4, depth=16, color=2, rows=rows), channels=3, size=(4, 5))
+    assert np.abs(decoded - levels.transpose(2, 0, 1) / 65535).max() < 1 / 255
 
 
 @pytest.mark.parametrize("transparency", [None, 1, b"\xff\x00"])
@@ -164,9 +179,9 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
         decode_image(saved(Image.new("L", (3, 3))), channels=1, size=(3, 3), max_pixels=8)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "WEBP", "JPEG2000"])
 def test_other_formats_are_unsupported(kind: str) -> None:
-    with pytest.raises(UnsupportedMedia, match="neither PNG nor JPEG"):
+    with pytest.raises(UnsupportedMedia, match="neither PNG nor JPEG nor TIFF nor DICOM"):
         decode_image(saved(Image.new("L", (4, 4)), kind), channels=1, size=(4, 4))
 
 
@@ -202,6 +217,53 @@ def test_damaged_bytes_give_an_image_or_a_service_error() -> None:
                 continue
             assert decoded.shape == (1, 8, 8)
             assert 0 <= decoded.min() <= decoded.max() <= 1
+
+
+def test_dicom_is_known_by_its_content_and_comes_with_its_own_size() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (12, 20)).astype(np.uint8)
+    decoded, own = decode_sized(dicom(levels), channels=1, size=(12, 20))
+    assert own == (12, 20)
+    assert np.array_equal(decoded[0], levels / np.float32(255))
+    for channels in (1, 3):
+        decoded, own = decode_sized(dicom(levels), channels=channels, size=(6, 10))
+        assert own == (12, 20)
+        expected = decode_image(saved(grey(levels)), channels=channels, size=(6, 10))
+        assert decoded == pytest.approx(expected, abs=1 / 255)
+
+
+def test_colors_of_dicom_become_what_the_model_takes() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    as_png = saved(Image.fromarray(levels))
+    for channels in (1, 3):
+        decoded = decode_image(dicom(levels, photometric="RGB"), channels=channels, size=(5, 4))
+        assert np.array_equal(decoded, decode_image(as_png, channels=channels, size=(5, 4)))
+
+
+def test_frames_are_for_dicom() -> None:
+    data = dicom(np.arange(3, dtype=np.uint8).repeat(4).reshape(3, 2, 2), frames=True)
+    assert decode_sized(data, channels=1, size=(2, 2), frame=3)[0].max() == pytest.approx(2 / 255)
+    with pytest.raises(InvalidInput, match="3 frames"):
+        decode_image(data, channels=1, size=(2, 2))
+    for kind in ("PNG", "JPEG"):
+        one = saved(Image.new("L", (4, 4)), kind)
+        assert decode_sized(one, channels=1, size=(2, 2), frame=1)[1] == (4, 4)
+        with pytest.raises(InvalidInput, match="one frame"):
+            decode_sized(one, channels=1, size=(2, 2), frame=2)
+
+
+def test_without_pydicom_there_is_no_dicom_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dicom([[1, 2]])
+    for name in [name for name in sys.modules if name.startswith(("pydicom", "services.protocol.dicom"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(UnsupportedMedia, match="installed without DICOM support"):
+        decode_image(data, channels=1, size=(2, 2))
+    assert decode_image(saved(grey([[255]])), channels=1, size=(1, 1)) == 1
+
+
+def test_a_dicom_without_its_magic_is_unsupported() -> None:
+    with pytest.raises(UnsupportedMedia, match="DICOM"):
+        decode_image(dicom([[1, 2]])[132:], channels=1, size=(2, 2))
 
 
 def test_only_grey_and_color_can_be_asked_for() -> None:
