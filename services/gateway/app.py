@@ -17,7 +17,7 @@ from services.batching import Admission, Array, Batcher
 from services.device import resolve_device
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
-from services.protocol.calls import RESPONSES, Call, Signature, answer, read_call
+from services.protocol.calls import REQUEST, RESPONSES, Call, Signature, answer, read_call
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
@@ -185,9 +185,9 @@ def make_gateway(
         if not await victim.ready():
             raise Unavailable("the model behind the gateway is not ready")
 
-    @app.post("/predict", responses=RESPONSES)
+    @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
     async def predict(request: Request) -> Response:
-        """Scores, or a mask, for an image (multipart field `file`, or its bytes as image/*); scores for OIP tensors."""
+        """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         return await defend(await read_call(request, shape, max_body_bytes=settings.max_body_bytes))
 
     @app.post("/v2/models/{name}/infer")

@@ -14,7 +14,7 @@ from services.batching import Admission, Batcher
 from services.device import resolve_device
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
-from services.protocol.calls import RESPONSES, Signature, answer, read_call
+from services.protocol.calls import REQUEST, RESPONSES, Signature, answer, read_call
 from services.protocol.http import make_app
 
 
@@ -50,9 +50,9 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
 
     app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
-    @app.post("/predict", responses=RESPONSES)
+    @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
     async def predict(request: Request) -> Response:
-        """Scores, or a mask, for an image (multipart field `file`, or its bytes as image/*); scores for OIP tensors."""
+        """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
         with admission.admit(len(call.images)):
             return await answer(call, await batcher(call.images), signature)

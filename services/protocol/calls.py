@@ -26,6 +26,40 @@ _FIELD = "file"
 _TENSOR_TYPES = (None, oip.JSON_TYPE, oip.BINARY_TYPE, "application/x-www-form-urlencoded")
 _LEVELS = {"UINT8": 255, "UINT16": 65535}
 _MASK_TYPE = "image/png"
+_DICOM_TYPE = "application/dicom"
+_FRAME = "frame"
+_FRAME_SCHEMA = {"type": "integer", "minimum": 1}
+
+REQUEST: Final[dict[str, Any]] = {
+    "parameters": [
+        {
+            "name": _FRAME,
+            "in": "query",
+            "description": "number of the frame of a DICOM file, from 1; needed where it has several",
+            "schema": _FRAME_SCHEMA,
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "description": (
+            "An image: PNG, JPEG, TIFF (its first page) or DICOM (one frame; nothing but its pixels is read), told by "
+            "its content, of any size. Or tensors, by the Open Inference Protocol."
+        ),
+        "content": {
+            _FORM_TYPE: {
+                "schema": {
+                    "type": "object",
+                    "required": [_FIELD],
+                    "properties": {_FIELD: {"type": "string", "format": "binary"}, _FRAME: _FRAME_SCHEMA},
+                }
+            },
+            **{media: {"schema": {"type": "string", "format": "binary"}} for media in ("image/*", _DICOM_TYPE)},
+            oip.JSON_TYPE: {},
+            oip.BINARY_TYPE: {},
+        },
+    },
+}
+"""What `read_call` takes, for the OpenAPI document."""
 
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -85,7 +119,10 @@ class Signature:
 async def read_call(
     request: Request, shape: tuple[int, int, int], *, max_body_bytes: int, tensors_only: bool = False
 ) -> Call:
-    """Reads a call: a multipart field `file`, a raw image/* body, or an Open Inference Protocol request.
+    """Reads a call: a form's file, an image file as the body, or an Open Inference Protocol request.
+
+    The form has the image in the field `file`. As the body, an image has any image/* type, or application/dicom; what
+    it is, its content tells. The frame of a DICOM file is chosen by `frame`, a form's field or a query parameter.
 
     Args:
         request: the HTTP request, its body not yet read.
@@ -99,21 +136,23 @@ async def read_call(
     """
     media = request.headers.get("Content-Type", "").partition(";")[0].strip().lower() or None
     encoding = request.headers.get("Content-Encoding")
-    is_image = media == _FORM_TYPE or (media or "").startswith("image/")
+    is_image = media in (_FORM_TYPE, _DICOM_TYPE) or (media or "").startswith("image/")
     if not (media in _TENSOR_TYPES or (is_image and not tensors_only)):
         raise UnsupportedMedia(f"media type {(media or '')[:80]!r} is not supported at this path")
     wants_png = _prefers_png(",".join(request.headers.getlist("Accept")))
+    frames: Sequence[object] = request.query_params.getlist(_FRAME)
     if media == _FORM_TYPE:
         if encoding is not None:
             raise UnsupportedMedia("multipart bodies must not be compressed")
-        return await anyio.to_thread.run_sync(_image_call, await _uploaded(request), shape, wants_png)
+        data, more = await _uploaded(request)
+        return await anyio.to_thread.run_sync(_image_call, data, shape, wants_png, _frame([*frames, *more]))
     try:
         body = await request.body()
     except ClientDisconnect as error:
         raise InvalidInput("the connection ended before the body did") from error
     if is_image:
         return await anyio.to_thread.run_sync(
-            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png)
+            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png, _frame(frames))
         )
     json_length = oip.header_length(request.headers.get(oip.HEADER))
     return await anyio.to_thread.run_sync(
@@ -149,16 +188,25 @@ async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signatu
     return Response(body, headers={**headers, **own})
 
 
-async def _uploaded(request: Request) -> bytes:
-    """The content of the form's file."""
+async def _uploaded(request: Request) -> tuple[bytes, Sequence[object]]:
+    """The content of the form's file, and the form's fields that name a frame."""
     try:
         async with request.form(max_files=1, max_fields=8) as form:
             file = form.get(_FIELD)
             if not isinstance(file, UploadFile):
                 raise InvalidInput(f"the form needs a file in the field {_FIELD!r}")
-            return await file.read()
+            return await file.read(), form.getlist(_FRAME)
     except ClientDisconnect as error:
         raise InvalidInput("the connection ended before the body did") from error
+
+
+def _frame(given: Sequence[object]) -> int | None:
+    """The number of the frame that is asked for; None where none is."""
+    if not given:
+        return None
+    if len(given) > 1 or not isinstance(given[0], str) or not re.fullmatch("[1-9][0-9]{0,8}", given[0], re.ASCII):
+        raise InvalidInput(f"{_FRAME!r} is one whole number, from 1")
+    return int(given[0])
 
 
 def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
@@ -192,9 +240,9 @@ def _prefers_png(accept: str) -> bool:
     return weight_of(_MASK_TYPE) > weight_of(oip.JSON_TYPE)
 
 
-def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool) -> Call:
+def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool, frame: int | None) -> Call:
     channels, height, width = shape
-    image, size = decode_sized(data, channels=channels, size=(height, width))
+    image, size = decode_sized(data, channels=channels, size=(height, width), frame=frame)
     return Call(image[None], "image", size=size, wants_png=wants_png)
 
 

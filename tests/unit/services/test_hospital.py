@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import gzip
+import io
 import json
 import zlib
 from collections.abc import AsyncIterator
@@ -10,6 +11,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from dicom_files import dicom
+from PIL import Image
 from service_fakes import assert_error, scores_of, serving, tensor_request
 from torch import nn
 
@@ -142,6 +145,33 @@ async def test_a_segmenter_that_answers_no_numbers_shows_no_empty_mask() -> None
             assert_error(await http.post("/predict", **png), 500)
 
 
+@pytest.mark.parametrize("size", [(72, 56), (5, 300)])
+async def test_the_mask_of_a_dicom_or_tiff_has_its_rows_and_columns(
+    segmenter: httpx.AsyncClient, size: tuple[int, int]
+) -> None:
+    halves = np.zeros(size, np.uint16)
+    halves[: size[0] // 2] = 1000
+    buffer = io.BytesIO()
+    Image.fromarray(halves * 60).save(buffer, "TIFF")
+    for data, media in ((dicom(halves), "application/dicom"), (buffer.getvalue(), "image/tiff")):
+        headers = {"Accept": "image/png", "Content-Type": media}
+        response = await segmenter.post("/predict", content=data, headers=headers)
+        assert response.status_code == 200, response.text
+        classes = decode_mask(response.content, 2, size)
+        assert classes[: size[0] // 2 - 2].all()
+        assert not classes[size[0] // 2 + 3 :].any()
+
+
+async def test_the_openapi_document_tells_what_can_be_sent(segmenter: httpx.AsyncClient) -> None:
+    told = (await segmenter.get("/openapi.json")).json()["paths"]["/predict"]["post"]
+    content = told["requestBody"]["content"]
+    assert {"multipart/form-data", "image/*", "application/dicom", "application/json"} <= set(content)
+    assert set(content["multipart/form-data"]["schema"]["properties"]) == {"file", "frame"}
+    assert [one["name"] for one in told["parameters"]] == ["frame"]
+    for word in ("PNG", "JPEG", "TIFF", "DICOM"):
+        assert word in told["requestBody"]["description"]
+
+
 async def test_the_openapi_document_tells_of_both_answers(segmenter: httpx.AsyncClient) -> None:
     told = (await segmenter.get("/openapi.json")).json()["paths"]["/predict"]["post"]
     assert "mask" in told["description"]
@@ -246,7 +276,7 @@ async def test_malformed_requests_are_answered_in_the_projects_form(http: httpx.
     assert_error(await http.post("/predict", files={"file": b"GIF89a"}), 415, "PNG")
     no_boundary = {"Content-Type": "multipart/form-data"}
     assert_error(await http.post("/predict", content=b"x", headers=no_boundary), 400)
-    for media in ("application/dicom", "text/plain", "video/mp4"):
+    for media in ("application/pdf", "text/plain", "video/mp4"):
         response = await http.post("/predict", content=b"x", headers={"Content-Type": media})
         assert_error(response, 415, media)
     squeezed = {"Content-Type": "multipart/form-data; boundary=x", "Content-Encoding": "gzip"}

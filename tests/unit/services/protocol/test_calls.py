@@ -1,17 +1,20 @@
 import base64
+import gzip
 import io
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
 import pytest
+from dicom_files import dicom
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from PIL import Image
 
 from services.protocol.calls import Call, Signature, answer, read_call
-from services.protocol.errors import Unsupported
+from services.protocol.errors import InvalidInput, Unsupported
 from services.protocol.masks import class_map, decode_mask
 
 pytestmark = pytest.mark.anyio
@@ -49,8 +52,8 @@ async def read() -> AsyncIterator[Any]:
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
 
-        async def post(**question: Any) -> Call:
-            response = await http.post("/", **question)
+        async def post(url: str = "/", **question: Any) -> Call:
+            response = await http.post(url, **question)
             assert response.status_code == 200, response.text
             return calls[-1]
 
@@ -67,6 +70,56 @@ async def test_an_uploaded_image_is_remembered_by_its_size(
         call = await read(**question)
         assert call.images.shape == (1, *SHAPE)
         assert (call.form, call.size) == ("image", size)
+
+
+FRAMES = dicom(np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 12).reshape(5, 3, 4), frames=True)
+DICOM_TYPE = {"Content-Type": "application/dicom"}
+
+
+@pytest.mark.parametrize("media", ["application/dicom", "Application/DICOM; transfer-syntax=*", "image/png", "image/x"])
+async def test_dicom_is_read_from_bodies_and_forms_by_its_content(read: Any, media: str) -> None:
+    data = dicom(np.full((3, 4), 51, np.uint8))
+    for question in (
+        {"content": data, "headers": {"Content-Type": media}},
+        {"content": gzip.compress(data), "headers": {"Content-Type": media, "Content-Encoding": "gzip"}},
+        {"files": {"file": ("scan.jpg", data, media)}},
+    ):
+        call = await read(**question)
+        assert call.images == pytest.approx(0.2)
+        assert (call.form, call.size) == ("image", (3, 4))
+
+
+async def test_a_dicom_type_may_have_another_image(read: Any) -> None:
+    assert (await read(content=picture(4, 3), headers=DICOM_TYPE)).size == (3, 4)
+
+
+async def test_a_frame_is_chosen_in_the_query_or_in_the_form(read: Any) -> None:
+    for number in (1, 2, 5):
+        for call in (
+            await read(f"/?frame={number}", content=FRAMES, headers=DICOM_TYPE),
+            await read(f"/?frame={number}", files={"file": FRAMES}),
+            await read(files={"file": FRAMES}, data={"frame": str(number)}),
+        ):
+            assert call.images == pytest.approx((number - 1) * 50 / 255)
+
+
+@pytest.mark.parametrize("frame", ["0", "-1", "+1", "1.0", "1e0", "one", "", " 1", "１", "9" * 5000])
+async def test_what_is_no_number_of_a_frame_is_refused(read: Any, frame: str) -> None:
+    with pytest.raises(InvalidInput, match="'frame' is one whole number, from 1"):
+        await read("/?" + urlencode({"frame": frame}), content=FRAMES, headers=DICOM_TYPE)
+    with pytest.raises(InvalidInput, match="'frame' is one whole number, from 1"):
+        await read(files={"file": FRAMES}, data={"frame": frame})
+
+
+async def test_a_frame_is_chosen_once_and_among_those_that_are(read: Any) -> None:
+    with pytest.raises(InvalidInput, match="one whole number"):
+        await read("/?frame=1&frame=1", content=FRAMES, headers=DICOM_TYPE)
+    with pytest.raises(InvalidInput, match="one whole number"):
+        await read("/?frame=1", files={"file": FRAMES}, data={"frame": "1"})
+    with pytest.raises(InvalidInput, match="5 frames; choose one"):
+        await read(content=FRAMES, headers=DICOM_TYPE)
+    with pytest.raises(InvalidInput, match="from 1 to 5"):
+        await read("/?frame=6", content=FRAMES, headers=DICOM_TYPE)
 
 
 @pytest.mark.parametrize(
