@@ -122,7 +122,8 @@ async def test_a_frame_of_many_goes_through_the_gateway() -> None:
 async def test_nothing_but_pixels_is_said_forwarded_or_logged(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level(logging.DEBUG)
+    for name in (None, "httpx", "httpcore"):  # `services.runtime` and `training.cli` quieten them
+        caplog.set_level(logging.DEBUG, logger=name)
     whole = dicom(SCAN, **WINDOW)
     files = {
         200: [whole, dicom(SCAN, RLELossless)],
