@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from defense.errors import InvalidAnswer
 
@@ -118,6 +117,29 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
     return int(counts.argmax())
 
 
+def count_votes(scores: Tensor) -> Tensor:
+    """How many of N answers have each class as their largest score, at every pixel if they have pixels.
+
+    Args:
+        scores: (N,K) or (N,K,H,W), finite.
+
+    Returns:
+        (K,) or (K,H,W) int64 counts that sum to N over K, on the scores' device.
+
+    Raises:
+        InvalidAnswer: There are not two or more classes, or there is nothing to count.
+    """
+    if scores.shape[1] < 2 or scores.numel() == 0:
+        # The one class of a single score is the largest everywhere, and would be certified everywhere.
+        raise InvalidAnswer(
+            f"expected scores of two or more classes at axis 1, got {tuple(scores.shape)}; a single probability p "
+            "of the one class has to be answered as (1 - p, p)"
+        )
+    labels = scores.argmax(dim=1)
+    # Class by class: the one-hot vectors of all answers would take K times eight bytes a pixel.
+    return torch.stack([(labels == one).sum(dim=0) for one in range(scores.shape[1])])
+
+
 def sample_counts(
     classifier: BaseClassifier, image: Tensor, *, n: int, sigma: float, generator: torch.Generator, batch: int = 1024
 ) -> Tensor:
@@ -147,13 +169,7 @@ def sample_counts(
         scores = classifier(image + sigma * noise.to(image.device))
         if scores.ndim not in (2, 4) or len(scores) != size or not torch.isfinite(scores).all():
             raise InvalidAnswer(f"expected {size} rows of finite scores, got a tensor of shape {tuple(scores.shape)}")
-        if scores.shape[1] < 2 or scores.numel() == 0:
-            # The one class of a single score is the largest everywhere, and would be certified everywhere.
-            raise InvalidAnswer(
-                f"expected scores of two or more classes at axis 1, got {tuple(scores.shape)}; a single probability p "
-                "of the one class has to be answered as (1 - p, p)"
-            )
-        hits = one_hot(scores.argmax(dim=1), scores.shape[1]).sum(dim=0).movedim(-1, 0).cpu()
+        hits = count_votes(scores).cpu()
         if counts is not None and counts.shape != hits.shape:
             raise InvalidAnswer("the classifier changed the shape of its answers between two batches")
         counts = hits if counts is None else counts + hits

@@ -13,6 +13,7 @@ from defense.smoothing import (
     certified_radius,
     certify,
     certify_counts,
+    count_votes,
     largest_radius,
     linf_equivalent,
     lower_bound,
@@ -218,3 +219,18 @@ def test_a_class_without_an_alternative_is_refused(shape: tuple[int, ...]) -> No
 def test_sampling_needs_at_least_one_sample_and_one_a_batch(n: int, batch: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         sample_counts(Linear(), torch.zeros(SHAPE), n=n, sigma=0.25, generator=generator(), batch=batch)
+
+
+def test_votes_are_counted_by_class_and_pixel() -> None:
+    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0], [0.0, 0.4, 0.6], [0.0, 0.9, 0.1]])
+    assert count_votes(scores).tolist() == [1, 2, 1], "of equal scores the first counts"
+    pixels = torch.rand((50, 4, 3, 5), generator=generator())
+    expected = torch.nn.functional.one_hot(pixels.argmax(1), 4).sum(0).movedim(-1, 0)
+    assert torch.equal(count_votes(pixels), expected)
+    assert count_votes(pixels).dtype == torch.int64
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 1, 4, 4), (0, 2), (5, 2, 0, 4)])
+def test_votes_need_two_classes_and_something_to_count(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidAnswer, match="two or more classes"):
+        count_votes(torch.ones(shape))
