@@ -81,15 +81,16 @@ class Call:
 
     Attributes:
         images: (N,C,H,W) float32, finite, N at least 1; possibly a read-only view of the request's body.
-        form: how it came and how to answer it: "image" (JSON for people), or as a tensor, to be answered in "json" or
-            "binary".
+        form: how it came and how to answer it: an "image" (JSON for people), or a "tensor".
+        outputs: the output tensors to answer with, each with whether it shall be binary; empty for an image.
         id: what the client calls this request.
         size: (height, width) of the image as it was uploaded, its orientation tag obeyed; None for tensors.
         wants_png: whether a mask is asked for as the PNG itself.
     """
 
     images: npt.NDArray[np.float32]
-    form: Literal["image", "json", "binary"]
+    form: Literal["image", "tensor"]
+    outputs: Mapping[str, bool] = field(default_factory=dict)
     id: str | None = None
     size: tuple[int, int] | None = None
     wants_png: bool = False
@@ -117,7 +118,12 @@ class Signature:
 
 
 async def read_call(
-    request: Request, shape: tuple[int, int, int], *, max_body_bytes: int, tensors_only: bool = False
+    request: Request,
+    shape: tuple[int, int, int],
+    *,
+    max_body_bytes: int,
+    tensors_only: bool = False,
+    outputs: Sequence[str] = (oip.OUTPUT,),
 ) -> Call:
     """Reads a call: a form's file, an image file as the body, or an Open Inference Protocol request.
 
@@ -130,6 +136,7 @@ async def read_call(
             it.
         max_body_bytes: bound on an inflated body.
         tensors_only: refuse images.
+        outputs: names of the output tensors that may be asked for.
 
     Raises:
         ServiceError: the subclass that says what was wrong.
@@ -156,7 +163,7 @@ async def read_call(
         )
     json_length = oip.header_length(request.headers.get(oip.HEADER))
     return await anyio.to_thread.run_sync(
-        lambda: _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape)
+        lambda: _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
     )
 
 
@@ -168,24 +175,34 @@ async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signatu
         scores: (N,K), or (N,K,H,W) from a segmenter; finite. An image is answered with a mask of its own size then.
         signature: who answers.
     """
-    headers = dict(signature.headers)
-    if call.form == "image":
-        if scores.ndim == 4:
-            return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
-        told = {
-            "label": signature.labels[int(scores[0].argmax())],
-            "labels": list(signature.labels),
-            "probabilities": scores[0].tolist(),
-        }
-        return JSONResponse({**told, **signature.extra}, headers=headers)
+    if call.form == "tensor":
+        return tensor_answer(call, {oip.OUTPUT: scores}, signature)
+    if scores.ndim == 4:
+        return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
+    told = {
+        "label": signature.labels[int(scores[0].argmax())],
+        "labels": list(signature.labels),
+        "probabilities": scores[0].tolist(),
+    }
+    return JSONResponse({**told, **signature.extra}, headers=dict(signature.headers))
+
+
+def tensor_answer(call: Call, tensors: Mapping[str, npt.NDArray[Any]], signature: Signature) -> Response:
+    """The answer to a call that came as a tensor.
+
+    Args:
+        call: what was asked.
+        tensors: all outputs by name; those that the call does not ask for are left out.
+        signature: who answers.
+    """
     body, own = oip.encode_response(
-        [(oip.Tensor(oip.OUTPUT, scores), call.form == "binary")],
+        [(oip.Tensor(name, tensors[name]), binary) for name, binary in call.outputs.items()],
         model_name=signature.model_name,
         model_version=signature.model_version,
         request_id=call.id,
         parameters=dict(signature.parameters),
     )
-    return Response(body, headers={**headers, **own})
+    return Response(body, headers={**signature.headers, **own})
 
 
 async def _uploaded(request: Request) -> tuple[bytes, Sequence[object]]:
@@ -213,13 +230,24 @@ def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signatu
     """The answer to an image with the scores (K,h,w) of its pixels."""
     assert call.size is not None  # it came as an image
     classes = class_map(scores, call.size)
-    png = encode_mask(classes, len(scores))
+    return mask_answer(call, encode_mask(classes, len(scores)), np.count_nonzero(classes) / classes.size, signature)
+
+
+def mask_answer(call: Call, png: bytes, lesion_fraction: float, signature: Signature) -> Response:
+    """The answer to an image with its mask: in JSON, or the PNG itself where the client likes that better.
+
+    Args:
+        call: what was asked.
+        png: the mask, as large as the image.
+        lesion_fraction: share of the mask's pixels whose class is not 0.
+        signature: who answers.
+    """
     headers = dict(signature.headers)
     if call.wants_png:
         return Response(png, headers=headers, media_type=_MASK_TYPE)
     told = {
         "labels": list(signature.labels),
-        "lesion_fraction": np.count_nonzero(classes) / classes.size,
+        "lesion_fraction": lesion_fraction,
         "mask": base64.b64encode(png).decode(),
     }
     return JSONResponse({**told, **signature.extra}, headers=headers)
@@ -246,16 +274,16 @@ def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool, frame
     return Call(image[None], "image", size=size, wants_png=wants_png)
 
 
-def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, int]) -> Call:
+def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, int], outputs: Sequence[str]) -> Call:
     request = oip.decode_request(body, json_length, raw=oip.RawInput(oip.INPUT, (1, *shape)))
-    form: Literal["json", "binary"] = "binary" if request.binary(oip.OUTPUT) else "json"
+    wanted = request.wanted(outputs)
     if len(request.inputs) != 1:
         raise InvalidInput(f"the model takes one input, not {len(request.inputs)}")
     tensor = request.inputs[0]
     expected = f"[N, {', '.join(map(str, shape))}] with N at least 1"
     if tensor.array.ndim != 4 or tensor.array.shape[1:] != shape or not len(tensor.array):
         raise InvalidInput(f"{tensor.name!r}: expected shape {expected}, got {list(tensor.array.shape)}")
-    return Call(_as_images(tensor), form, request.id)
+    return Call(_as_images(tensor), "tensor", wanted, request.id)
 
 
 def _as_images(tensor: oip.Tensor) -> npt.NDArray[np.float32]:

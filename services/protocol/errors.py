@@ -6,6 +6,7 @@ ServiceError                  500
 ├── TooLarge                  413  the body, or the image in it, is larger than allowed
 ├── UnsupportedMedia          415  a media type or content encoding that is not spoken here
 ├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
+├── BudgetSpent               429  the client may cause no more victim queries, or not before `retry_after` seconds
 ├── Unsupported               501  a part of the protocol that is not implemented
 ├── UpstreamUnreachable       502  the victim cannot be reached, or broke the connection
 ├── UpstreamInvalid           502  the victim answered something that is no answer
@@ -73,6 +74,12 @@ class UnsupportedMedia(ServiceError):  # noqa: N818
 
 class Overloaded(ServiceError):  # noqa: N818
     """Too much work is waiting already."""
+
+    status = 429
+
+
+class BudgetSpent(ServiceError):  # noqa: N818
+    """The client may cause no more victim queries, or not so many at once, or not yet."""
 
     status = 429
 

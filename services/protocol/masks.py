@@ -1,10 +1,11 @@
 """The one place where the scores of a segmenter become a mask in a file, and the way back.
 
 A mask is a PNG in 8-bit grey that has round(255 * k / (K - 1)) where the class is number k of K: people can see every
-class, and a binary segmenter's mask is black and white.
+class, and a binary segmenter's mask is black and white. Where a mask abstains it has a grey that stands for no class.
 """
 
 import io
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ MAX_CLASSES = 256
 """As many as 8 bits tell apart."""
 
 _TILE = 1024
+_Pixel = TypeVar("_Pixel", bound=np.generic)
 
 
 def class_map(scores: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -57,10 +59,48 @@ def class_map(scores: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDA
     return classes
 
 
-def encode_mask(classes: npt.NDArray[np.uint8], count: int) -> bytes:
-    """Class numbers (H,W), each below `count`, as a mask; 2 to 256 classes."""
+def nearest(pixels: npt.NDArray[_Pixel], size: tuple[int, int]) -> npt.NDArray[_Pixel]:
+    """An image (h,w) at another size (height, width), every pixel a copy of the one in which its center lies.
+
+    What is certified of the pixels of (h,w) holds for their copies. It would not for a mixture of several: where their
+    classes differ, nothing is known of what the mixture answers.
+    """
+    rows, columns = (
+        (2 * np.arange(wanted) + 1) * there // (2 * wanted) for there, wanted in zip(pixels.shape, size, strict=True)
+    )
+    copies: npt.NDArray[_Pixel] = pixels[rows[:, None], columns]
+    return copies
+
+
+def abstention_level(count: int) -> int:
+    """The grey that stands for "no answer": of all greys the one farthest from those of the classes; 128 for two.
+
+    Raises:
+        Unsupported: the classes leave no grey.
+    """
+    distances = abs(np.arange(256)[:, None] - _levels(count).astype(int)).min(axis=1)
+    level = 255 - int(distances[::-1].argmax())  # of equally far ones the lightest
+    if not distances[level]:
+        raise Unsupported(f"a mask that abstains tells 255 classes apart, not {count}: exchange tensors instead")
+    return level
+
+
+def encode_mask(classes: npt.NDArray[np.uint8], count: int, *, abstains: npt.NDArray[np.bool_] | None = None) -> bytes:
+    """Class numbers as a mask.
+
+    Args:
+        classes: (H,W), each below `count`.
+        count: number of classes, 2 to 256.
+        abstains: (H,W), where there is no answer whatever `classes` says; None: nowhere.
+
+    Raises:
+        Unsupported: it may abstain, and there are too many classes to tell that apart.
+    """
+    pixels = _levels(count)[classes]
+    if abstains is not None:
+        pixels[abstains] = abstention_level(count)
     buffer = io.BytesIO()
-    Image.fromarray(_levels(count)[classes]).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -60,17 +60,26 @@ class Request:
     outputs: dict[str, bool] = field(default_factory=dict)
     binary_default: bool = False
 
-    def binary(self, output: str) -> bool:
-        """Whether this output shall be answered in binary.
+    def wanted(self, offered: Sequence[str]) -> dict[str, bool]:
+        """The outputs to answer with, in the order of the offer, each with whether it shall be binary.
+
+        Args:
+            offered: the names of all outputs that there are.
 
         Raises:
-            InvalidInput: outputs were asked for by name, and this is not one of them or not the only one.
+            InvalidInput: outputs were asked for by name, and one of them is not offered.
         """
-        if self.outputs and set(self.outputs) != {output}:
+        if not set(self.outputs) <= set(offered):
+            there_are = "only output is" if len(offered) == 1 else "outputs are"
             raise InvalidInput(
-                f"the only output is {output!r}; the request asks for {', '.join(map(repr, self.outputs))}"
+                f"the {there_are} {', '.join(map(repr, offered))}; "
+                f"the request asks for {', '.join(map(repr, self.outputs))}"
             )
-        return self.outputs.get(output, self.binary_default)
+        return {
+            name: self.outputs.get(name, self.binary_default)
+            for name in offered
+            if name in self.outputs or not self.outputs
+        }
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from services.protocol import masks
 from services.protocol.errors import InvalidInput, TooLarge, Unsupported, UnsupportedMedia
-from services.protocol.masks import class_map, decode_mask, encode_mask
+from services.protocol.masks import abstention_level, class_map, decode_mask, encode_mask, nearest
 
 RNG = np.random.default_rng(0)
 
@@ -155,3 +155,37 @@ def test_a_bomb_is_refused_by_its_header() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(8, 12), (16, 36), (5, 7), (13, 40), (1, 1)])
+def test_nearest_pixels_are_those_in_which_the_centers_lie(size: tuple[int, int]) -> None:
+    pixels = np.arange(96).reshape(8, 12)
+    copies = nearest(pixels, size)
+    assert copies.shape == size
+    for row in range(size[0]):
+        for column in range(size[1]):
+            there = int((row + 0.5) * 8 / size[0]), int((column + 0.5) * 12 / size[1])
+            assert copies[row, column] == pixels[there]
+
+
+@pytest.mark.parametrize(("count", "level"), [(2, 128), (3, 64), (4, 213), (5, 223)])
+def test_abstention_is_the_grey_farthest_from_all_classes(count: int, level: int) -> None:
+    assert abstention_level(count) == level
+
+
+def test_abstention_stands_for_no_class_however_many_there_are() -> None:
+    for count in range(2, 256):
+        assert abstention_level(count) not in np.rint(255 * np.arange(count) / (count - 1))
+    with pytest.raises(Unsupported, match="255 classes apart, not 256"):
+        abstention_level(256)
+
+
+def test_a_mask_that_abstains_cannot_be_taken_for_one_that_does_not() -> None:
+    classes = np.uint8([[0, 1, 1], [0, 0, 1]])
+    abstains = np.array([[True, False, True], [False, False, False]])
+    png = encode_mask(classes, 2, abstains=abstains)
+    with Image.open(io.BytesIO(png)) as image:
+        assert np.asarray(image).tolist() == [[128, 255, 128], [0, 0, 255]]
+    with pytest.raises(InvalidInput, match="the value 128, which stands for none of the 2 classes"):
+        decode_mask(png, 2, (2, 3))
+    assert encode_mask(classes, 2, abstains=abstains & False) == encode_mask(classes, 2)

@@ -34,7 +34,7 @@ def test_every_datatype_round_trips_in_binary(datatype: str) -> None:
     for tensor, sent in zip(request.inputs, (array, array[:1]), strict=True):
         assert tensor.datatype == datatype
         assert np.array_equal(tensor.array, sent)
-    assert request.binary("scores")
+    assert request.wanted(["scores"]) == {"scores": True}
 
 
 @pytest.mark.parametrize("datatype", sorted(set(DTYPES) - {"FP16"}))
@@ -62,7 +62,7 @@ def test_a_request_in_json_mentions_nothing_of_binary_data() -> None:
 
 def test_a_request_may_ask_for_one_output_by_name() -> None:
     message, headers = oip.encode_request([oip.Tensor("x", np.ones(2, np.float32))], output="y")
-    assert oip.decode_request(message, oip.header_length(headers[oip.HEADER])).binary("y")
+    assert oip.decode_request(message, oip.header_length(headers[oip.HEADER])).wanted(("y",))["y"]
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -151,25 +151,32 @@ def test_binary_and_json_inputs_may_be_mixed() -> None:
 def test_id_and_output_choices_are_read() -> None:
     request = decode(NUMBERS, id="17")
     assert request.id == "17"
-    assert not request.binary("y")
-    assert decode(NUMBERS, parameters={"binary_data_output": True}).binary("y")
-    named = [{"name": "y", "parameters": {"binary_data": False}}]
-    assert not decode(NUMBERS, parameters={"binary_data_output": True}, outputs=named).binary("y")
-    assert decode(NUMBERS, outputs=[{"name": "y", "parameters": {"binary_data": True}}]).binary("y")
-    assert decode(NUMBERS, parameters={"binary_data_output": True}, outputs=[{"name": "y"}]).binary("y")
+    in_binary = {"binary_data_output": True}
+    offered = ["x", "y", "z"]
+    assert request.wanted(offered) == {"x": False, "y": False, "z": False}
+    assert decode(NUMBERS, parameters=in_binary).wanted(offered) == {"x": True, "y": True, "z": True}
+    named = [{"name": "z"}, {"name": "y", "parameters": {"binary_data": False}}]
+    assert list(decode(NUMBERS, parameters=in_binary, outputs=named).wanted(offered).items()) == [
+        ("y", False),
+        ("z", True),
+    ]
+    named = [{"name": "y", "parameters": {"binary_data": True}}]
+    assert decode(NUMBERS, outputs=named).wanted(offered) == {"y": True}
 
 
 def test_an_output_that_does_not_exist_is_refused() -> None:
     for names in (["z"], ["y", "z"]):
         with pytest.raises(InvalidInput, match="the only output is 'y'"):
-            decode(NUMBERS, outputs=[{"name": name} for name in names]).binary("y")
+            decode(NUMBERS, outputs=[{"name": name} for name in names]).wanted(["y"])
+    with pytest.raises(InvalidInput, match="the outputs are 'x', 'y'; the request asks for 'y', 'z'"):
+        decode(NUMBERS, outputs=[{"name": "y"}, {"name": "z"}]).wanted(["x", "y"])
 
 
 def test_a_raw_request_is_one_tensor_answered_in_binary() -> None:
     values = np.arange(4, dtype=np.float32)
     request = oip.decode_request(values.tobytes(), 0, raw=oip.RawInput("x", (1, 2, 2)))
     assert request.inputs[0].array.tolist() == [[[0, 1], [2, 3]]]
-    assert request.binary("y")
+    assert request.wanted(["y"]) == {"y": True}
     with pytest.raises(InvalidInput, match="17 bytes"):
         oip.decode_request(b"x" * 17, 0, raw=oip.RawInput("x", (1, 2, 2)))
     with pytest.raises(Unsupported):
