@@ -1,73 +1,34 @@
-"""The gateway's application: what leaves it has been sanitized, what it answers was answered to sanitized images."""
+"""The gateway's application: what leaves it has been sanitized, what it answers was answered to sanitized images.
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+One exception has to be switched on: `services.gateway.shadow` sends raw images too, whose answers stay here.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import anyio.to_thread
 import httpx
-import numpy as np
-import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from torch import nn
 
-from defense.artifact import Artifact
-from services.batching import Admission, Array, Batcher
-from services.device import resolve_device
+from defense.artifact import Artifact, Manifest
+from services.batching import Admission
+from services.gateway.accounting import Accounts, Budget
+from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
+from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors
 from services.gateway.config import GatewaySettings
+from services.gateway.modes import Modes
+from services.gateway.pipeline import Pipeline
+from services.gateway.shadow import Shadow
+from services.gateway.verdicts import Verdict, judge
+from services.gateway.voting import Voter
 from services.protocol import oip
-from services.protocol.calls import REQUEST, RESPONSES, Call, Signature, answer, read_call
-from services.protocol.client import AsyncVictimClient
-from services.protocol.errors import (
-    TRANSIENT,
-    NotFound,
-    Overloaded,
-    ServiceError,
-    Unavailable,
-    UpstreamInvalid,
-    UpstreamTimeout,
-    UpstreamUnreachable,
-)
+from services.protocol.calls import REQUEST, Signature, answer, read_call
+from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
-from services.protocol.mapping import load_mapping
 
 VERSION = "1"
-
-# What clients are told of the victim's failures: the meaning, not the inside (addresses, the victim's own words).
-_TOLD: dict[type[ServiceError], str] = {
-    Overloaded: "the model behind the gateway is overloaded; come back later",
-    Unavailable: "the model behind the gateway is not available; come back later",
-    UpstreamUnreachable: "the model behind the gateway cannot be reached",
-    UpstreamTimeout: "the model behind the gateway did not answer in time",
-    UpstreamInvalid: "the model behind the gateway gave no valid answer",
-}
-
-
-@contextmanager
-def _retold() -> Iterator[None]:
-    """Turns the victim's failures into what clients are told of them."""
-    try:
-        yield
-    except ServiceError as error:
-        # What else the victim objects to (400, 413, ...) was said of the gateway's request, not the client's.
-        kind = type(error) if type(error) in _TOLD else UpstreamInvalid
-        raise kind(_TOLD[kind], retry_after=error.retry_after) from error
-
-
-def _sanitizing(sanitizer: nn.Module, device: torch.device) -> Callable[[Array], Array]:
-    """The function (n,C,H,W) -> (n,C,H,W) that the batcher runs; refuses to return anything that is no image."""
-    sanitizer.to(device).eval()
-
-    @torch.inference_mode()
-    def run(images: Array) -> Array:
-        sanitized = sanitizer(torch.from_numpy(images).to(device))
-        if sanitized.shape != images.shape or not bool(((sanitized >= 0) & (sanitized <= 1)).all()):
-            raise RuntimeError("the sanitizer returned something that is no image in [0,1]")
-        array: Array = sanitized.float().cpu().numpy()
-        return array
-
-    return run
 
 
 def make_gateway(
@@ -81,99 +42,65 @@ def make_gateway(
         transport: in place of the network to the victim, for tests.
 
     Raises:
-        ServiceError: a URL or the mapping is none, or the device of the settings cannot be used.
+        ServiceError: a URL or the mapping is none, the device of the settings cannot be used, or a mode could never
+            answer anything.
     """
     manifest = artifact.manifest
-    labels = manifest.labels
     shape = (manifest.input.channels, manifest.input.height, manifest.input.width)
-    identity = {"name": manifest.name, "sigma": manifest.sigma, "queries_spent": manifest.queries_spent}
-    signature = Signature(
-        model_name=settings.model_name,
-        model_version=VERSION,
-        labels=labels,
-        extra={"artifact": {"id": manifest.id, **identity}},
-        parameters={
-            "artifact_id": manifest.id,
-            "artifact_name": manifest.name,
-            "sigma": manifest.sigma,
-            "queries_spent": manifest.queries_spent,
-        },
-        headers={"X-Artifact-Id": manifest.id},
-    )
-    victim = AsyncVictimClient(
-        settings.victim_url,
-        batch=settings.forward_batch,
-        in_flight=settings.in_flight,
-        timeout_s=settings.timeout_s,
-        wire=settings.wire,
-        mapping=load_mapping(settings.victim_mapping),
+    signature = _signature(manifest, settings.model_name)
+    modes = Modes(settings, manifest.sigma)
+    accounts = Accounts(Budget(settings.budget, settings.budget_window_s))
+    # Two queues: images as they come, and noisy copies. A request of a thousand copies is neither refused because of
+    # ordinary traffic nor does it fill the queue of that: of copies, the voter has a few chunks only in work at once.
+    admission = Admission(settings.max_queue)
+    admission_of_copies = Admission(settings.max_copies)
+    pipeline = Pipeline(
+        artifact.sanitizer,
+        shape,
+        manifest.labels,
+        settings,
+        own=accounts.own,
+        admission=admission,
         transport=transport,
     )
-    batcher = Batcher(
-        _sanitizing(artifact.sanitizer, resolve_device(settings.device)),
-        max_batch=settings.max_batch,
-        max_delay_s=settings.max_delay_ms / 1000,
-    )
-    admission = Admission(settings.max_queue)
-    learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
-    learned_shape: tuple[int, ...] = ()  # of the scores for one image: (K), or (K,H,W)
-    learning = asyncio.Lock()
+    vote = Voter(pipeline.ask, chunk=settings.chunk)
+    shadow = Shadow(pipeline.forward, max_images=settings.max_queue, least_dice=settings.shadow_dice)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with victim, batcher:
+        async with pipeline, shadow:
             yield
 
     app = make_app("gateway", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
-    async def victims_labels(sanitized: Array, classes: int) -> Sequence[str]:
-        """The victim's own names, asked for once; numbers where it gives none.
-
-        A sanitizer that was trained without any query does not know them.
-        """
-        async with learning:
-            if classes not in learned_labels:
-                try:
-                    told = (await victim.describe(sanitized))["labels"]
-                except TRANSIENT:
-                    raise
-                except ServiceError:  # it takes no images, or has no names; asking again would cost a query each time
-                    told = None
-                names = told if isinstance(told, list) and len(told) == classes else range(classes)
-                learned_labels[classes] = [str(name) for name in names]
-            return learned_labels[classes]
-
-    async def ask(images: Array) -> tuple[Array, Array]:
-        """The sanitized images, and the victim's scores for them."""
-        nonlocal learned_shape
-        sanitized = await batcher(images)
-        with _retold():
-            scores = await victim.infer(sanitized)
-        if labels and scores.shape[1] != len(labels):
-            raise UpstreamInvalid(f"the model answers {scores.shape[1]} scores; the artifact has {len(labels)} labels")
-        learned_shape = scores.shape[1:]
-        return sanitized, scores
-
-    async def scores_shape() -> tuple[int, ...]:
-        """What the victim answers to one image; if none was sent so far, it is asked about a grey one, once.
-
-        Neither the artifact nor a victim's URL says whether the victim scores images or pixels, and the protocol knows
-        no shape that leaves the number of axes open.
-        """
-        async with learning:
-            if not learned_shape:
-                with admission.admit(1):
-                    await ask(np.full((1, *shape), 0.5, np.float32))
-            return learned_shape
-
-    async def defend(call: Call) -> Response:
-        with admission.admit(len(call.images)):
-            sanitized, scores = await ask(call.images)
-            if labels or call.form != "image":
-                return await answer(call, scores, signature)
-            with _retold():
-                names = await victims_labels(sanitized[0], scores.shape[1])
-            return await answer(call, scores, replace(signature, labels=names))
+    async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
+        plan = modes.plan(asked.mode, asked.n)
+        call = await read_call(
+            request,
+            shape,
+            max_body_bytes=settings.max_body_bytes,
+            tensors_only=tensors_only,
+            outputs=tuple(OUTPUTS[plan.mode]),
+        )
+        queries = plan.queries(len(call.images))
+        cost = queries + (len(call.images) if settings.shadow else 0)
+        if asked.dry_run:
+            return answer_quote(call, Evidence(plan, cost), accounts.quote(asked.key), signature)
+        queue = admission_of_copies if plan.copies else admission
+        with accounts.of(asked.key).bill(plan.mode, cost) as bill, queue.admit(queries):
+            verdict: Verdict | None = None
+            if plan.copies:
+                votes = await vote(call.images, plan, bill, request.is_disconnected)
+                verdict = await anyio.to_thread.run_sync(judge, plan, votes)
+            scores = await pipeline.ask(call.images, bill) if verdict is None else verdict.shares
+            if settings.shadow:
+                shadow.watch(call.images, scores, bill)
+            evidence, signed = Evidence(plan, bill.spent), signature
+            if call.form == "image":
+                signed = replace(signature, labels=await pipeline.names(call.images, scores.shape[1]))
+            if verdict is None:
+                return await answer(call, scores, evidence.on(signed))
+            return await answer_verdict(call, verdict, evidence, signed)
 
     def check_model(name: str, version: str) -> None:
         if name != settings.model_name:
@@ -182,20 +109,20 @@ def make_gateway(
             raise NotFound(f"unknown version {version[:80]!r} of {name!r}; the version here is {VERSION!r}")
 
     async def check_ready() -> None:
-        if not await victim.ready():
+        if not await pipeline.ready():
             raise Unavailable("the model behind the gateway is not ready")
 
-    @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
-    async def predict(request: Request) -> Response:
+    @app.post("/predict", responses=ANSWERS, openapi_extra=REQUEST)
+    async def predict(request: Request, asked: Asking) -> Response:
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
-        return await defend(await read_call(request, shape, max_body_bytes=settings.max_body_bytes))
+        return await defend(request, asked)
 
-    @app.post("/v2/models/{name}/infer")
-    @app.post("/v2/models/{name}/versions/{version}/infer")
-    async def infer(request: Request, name: str, version: str = VERSION) -> Response:
+    @app.post("/v2/models/{name}/infer", responses=ANSWERS)
+    @app.post("/v2/models/{name}/versions/{version}/infer", responses=ANSWERS)
+    async def infer(request: Request, asked: Asking, name: str, version: str = VERSION) -> Response:
         """Scores for a batch as OIP tensors."""
         check_model(name, version)
-        return await defend(await read_call(request, shape, max_body_bytes=settings.max_body_bytes, tensors_only=True))
+        return await defend(request, asked, tensors_only=True)
 
     @app.get("/v2")
     async def server() -> JSONResponse:
@@ -207,34 +134,60 @@ def make_gateway(
         """The process answers."""
         return JSONResponse({"live": True})
 
-    @app.get("/v2/health/ready")
+    @app.get("/v2/health/ready", responses=errors(503))
     async def ready() -> JSONResponse:
         """The sanitizer is loaded (it was before the first connection), and the victim is ready."""
         await check_ready()
         return JSONResponse({"ready": True})
 
-    @app.get("/v2/models/{name}")
-    @app.get("/v2/models/{name}/versions/{version}")
-    async def model(name: str, version: str = VERSION) -> JSONResponse:
-        """What the model takes and answers."""
+    @app.get("/v2/models/{name}", responses=errors(400, 404, 429, 502, 503, 504))
+    @app.get("/v2/models/{name}/versions/{version}", responses=errors(400, 404, 429, 502, 503, 504))
+    async def model(name: str, version: str = VERSION, mode: ModeAsked = None) -> JSONResponse:
+        """What the model takes and answers, in the mode that is asked for or in the first one."""
         check_model(name, version)
+        plan = modes.plan(mode, None)
+        scores = await pipeline.scores_shape()
         return JSONResponse(
             {
                 "name": name,
                 "versions": [VERSION],
                 "platform": "zo-gateway",
                 "inputs": [{"name": oip.INPUT, "datatype": "FP32", "shape": [-1, *shape]}],
-                "outputs": [{"name": oip.OUTPUT, "datatype": "FP32", "shape": [-1, *await scores_shape()]}],
-                "parameters": dict(signature.parameters),
+                "outputs": [
+                    {"name": output, "datatype": datatype, "shape": [-1, *of_one(scores)]}
+                    for output, (datatype, of_one) in OUTPUTS[plan.mode].items()
+                ],
+                "parameters": {**signature.parameters, "modes": ",".join(modes.allowed)},
             }
         )
 
-    @app.get("/v2/models/{name}/ready")
-    @app.get("/v2/models/{name}/versions/{version}/ready")
+    @app.get("/v2/models/{name}/ready", responses=errors(404, 503))
+    @app.get("/v2/models/{name}/versions/{version}/ready", responses=errors(404, 503))
     async def model_ready(name: str, version: str = VERSION) -> JSONResponse:
         """Whether the model is ready."""
         check_model(name, version)
         await check_ready()
         return JSONResponse({"name": name, "ready": True})
 
+    if settings.usage:
+
+        @app.get("/queries")
+        async def queries() -> JSONResponse:
+            """The victim queries of every key, by mode, and what the shadow saw; for the operator."""
+            return JSONResponse(accounts.snapshot())
+
     return app
+
+
+def _signature(manifest: Manifest, model_name: str) -> Signature:
+    """Who answers, but for the classes' names."""
+    identity = {"id": manifest.id, "name": manifest.name, "version": VERSION}
+    origin = {"sigma": manifest.sigma, "queries_spent": manifest.queries_spent}
+    return Signature(
+        model_name=model_name,
+        model_version=VERSION,
+        labels=(),
+        extra={"artifact": {**identity, **origin}},
+        parameters={**{f"artifact_{name}": value for name, value in identity.items()}, **origin},
+        headers={"X-Artifact-Id": manifest.id},
+    )

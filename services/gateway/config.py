@@ -1,13 +1,17 @@
 """Settings of the gateway."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from defense.segmentation_smoothing import TAU
 from services.protocol.client import WireName
 from services.runtime import ServiceSettings
+
+Mode = Literal["sanitize", "smooth", "certify"]
+"""How an answer is found: see `services.gateway.modes`."""
 
 
 class GatewaySettings(ServiceSettings):
@@ -36,8 +40,45 @@ class GatewaySettings(ServiceSettings):
     forward_batch: int = Field(256, ge=1, description="most images in one request to the victim")
     in_flight: int = Field(16, ge=1, description="most requests to the victim at once")
 
-    @field_validator("victim_url", mode="before")
+    modes: Annotated[tuple[Mode, ...], NoDecode] = Field(
+        ("sanitize",),
+        min_length=1,
+        description="what requests may choose by ?mode=, separated by commas: sanitize, smooth, certify; "
+        "the first is for those that choose none",
+    )
+    sigma: float | None = Field(
+        None, gt=0, description="standard deviation of the noise in smooth and certify; by default the artifact's"
+    )
+    smooth_n: int = Field(100, ge=1, description="noisy copies of an image in smooth, the most that ?n= may ask for")
+    certify_n0: int = Field(100, ge=1, description="noisy copies of an image that choose the class in certify")
+    certify_n: int = Field(
+        1000, ge=1, description="further copies that certify the class, the most that ?n= may ask for"
+    )
+    alpha: float = Field(0.001, gt=0, lt=1, description="probability that an answer of smooth or certify is wrong")
+    tau: float = Field(
+        TAU, ge=0.5, lt=1, description="least probability under noise of a pixel's class in a certified mask"
+    )
+    chunk: int = Field(256, ge=1, description="most noisy copies of one request in work at once")
+    max_copies: int = Field(
+        65536, ge=1, description="noisy copies still to be answered beyond which smooth and certify are answered 429"
+    )
+
+    budget: int | None = Field(
+        None, ge=1, description="victim queries that each client key may cause before it is answered 429"
+    )
+    budget_window_s: float | None = Field(
+        None, gt=0, description="seconds after which a budget is full again; by default it never is"
+    )
+    usage: bool = Field(
+        False, description="serve GET /queries, what every key has spent; for the operator, not for clients"
+    )
+    shadow: bool = Field(
+        False, description="ask the victim about the raw images too, and count how often its answer differs"
+    )
+    shadow_dice: float = Field(0.8, ge=0, le=1, description="Dice of two masks below which they count as different")
+
+    @field_validator("victim_url", "modes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Flags and variables arrive as one string."""
-        return tuple(url.strip() for url in value.split(",") if url.strip()) if isinstance(value, str) else value
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

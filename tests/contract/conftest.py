@@ -18,7 +18,7 @@ from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
 
-Defend = Callable[[nn.Module, VictimConfig], str]
+Defend = Callable[..., str]
 Front = Callable[..., str]
 
 
@@ -67,12 +67,12 @@ def front() -> Iterator[Front]:
 
 @pytest.fixture(scope="module")
 def defend(front: Front) -> Iterator[Defend]:
-    """Serves a victim behind a gateway that inverts images; returns the gateway's host and port."""
+    """Serves a victim behind a gateway that inverts images; settings may be changed. Returns its host and port."""
     with ExitStack() as stack:
 
-        def serve(victim: nn.Module, config: VictimConfig) -> str:
+        def serve(victim: nn.Module, config: VictimConfig, **changes: Any) -> str:
             hospital = make_hospital(victim, config, HospitalSettings(model="unused", device="cpu"))
             upstream = stack.enter_context(listening(hospital))
-            return front(f"http://{upstream}", (config.channels, *config.size), config.labels)
+            return front(f"http://{upstream}", (config.channels, *config.size), config.labels, **changes)
 
         yield serve

@@ -30,9 +30,9 @@ class BrightIsPolyp(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def url(defend: Callable[[nn.Module, VictimConfig], str]) -> str:
+def url(defend: Callable[..., str]) -> str:
     """Host and port of a gateway, which inverts, in front of the segmenter."""
-    return defend(BrightIsPolyp(), CONFIG)
+    return defend(BrightIsPolyp(), CONFIG, modes="sanitize,smooth,certify", smooth_n=40, certify_n0=10, certify_n=80)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -83,10 +83,10 @@ def photograph(orientation: int) -> bytes:
     return buffer.getvalue()
 
 
-def upload(url: str, orientation: int, **options: Any) -> httpx.Response:
+def upload(url: str, orientation: int, query: str = "", **options: Any) -> httpx.Response:
     """curl -F file=@photograph.jpg http://url/predict."""
     files = {"file": ("photograph.jpg", photograph(orientation), "image/jpeg")}
-    response = httpx.post(f"http://{url}/predict", files=files, **options)
+    response = httpx.post(f"http://{url}/predict{query}", files=files, **options)
     assert response.status_code == 200, response.text
     assert response.headers["X-Artifact-Id"] == "sha256-abc"
     return response
@@ -110,7 +110,7 @@ def assert_mask(png: bytes) -> np.ndarray:
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_an_uploaded_photograph_is_answered_with_a_mask_of_its_size(url: str, orientation: int) -> None:
     told = upload(url, orientation).json()
-    assert set(told) == {"labels", "lesion_fraction", "mask", "artifact"}
+    assert set(told) == {"labels", "lesion_fraction", "mask", "evidence", "artifact"}
     assert told["labels"] == ["background", "polyp"]
     mask = assert_mask(base64.b64decode(told["mask"], validate=True))
     assert told["lesion_fraction"] == pytest.approx((mask == 255).mean(), abs=1e-12)
@@ -124,3 +124,39 @@ def test_the_mask_itself_comes_to_those_who_accept_a_png(url: str, orientation: 
     assert response.headers["Content-Type"] == "image/png"
     assert_mask(response.content)
     assert response.content == base64.b64decode(upload(url, orientation).json()["mask"])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_certified_mask_has_the_photographs_size_and_says_where_it_abstains(url: str, orientation: int) -> None:
+    """The lesion is far from undecided and its surroundings too; only in between it may abstain."""
+    told = upload(url, orientation, "?mode=certify").json()
+    planes = []
+    for name in ("mask", "abstention"):
+        with Image.open(io.BytesIO(base64.b64decode(told[name], validate=True))) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "L", (600, 400))
+            planes.append(np.asarray(image))
+    mask, abstention = planes
+    assert np.array_equal(mask == 128, abstention == 255)
+    left, top, right, bottom = LESION
+    edge = 26
+    assert mask[top + edge : bottom - edge, left + edge : right - edge].min() == 255
+    outside = np.ones(mask.shape, bool)
+    outside[top - edge : bottom + edge, left - edge : right + edge] = False
+    assert mask[outside].max() == 0
+    assert told["evidence"]["queries"] == 90
+    assert told["evidence"]["abstained_fraction"] == pytest.approx((mask == 128).mean())
+    assert told["lesion_fraction"] == pytest.approx((mask == 255).mean())
+
+
+def test_tritonclient_receives_every_pixels_certified_label(url: str) -> None:
+    with triton.InferenceServerClient(url) as client:
+        sent = triton.InferInput("images", list(IMAGES.shape), "FP32")
+        sent.set_data_from_numpy(np.where(IMAGES > 0.5, np.float32(1), np.float32(0)))
+        result = client.infer("defended", [sent], query_params={"mode": "certify"})
+    labels = result.as_numpy("label")
+    assert (labels.dtype, labels.shape) == (np.int64, (5, 32, 48))
+    assert result.as_numpy("radius").shape == (5,)
+    answered = labels != -1
+    assert answered.any()
+    shares = result.as_numpy("probabilities")
+    assert np.array_equal(labels[answered], shares.argmax(1)[answered])

@@ -28,9 +28,9 @@ def expected(images: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def url(defend: Callable[[nn.Module, VictimConfig], str]) -> str:
+def url(defend: Callable[..., str]) -> str:
     """Host and port of a gateway in front of a hospital."""
-    return defend(victim(), CONFIG)
+    return defend(victim(), CONFIG, modes="sanitize,smooth,certify", smooth_n=40, certify_n0=10, certify_n=80)
 
 
 @pytest.fixture
@@ -185,3 +185,38 @@ async def test_the_asynchronous_client_asks_everything_that_the_other_one_does(u
             with pytest.raises(triton.InferenceServerException, match=words) as caught:
                 await client.infer("defended", [sent])
             assert status in caught.value.status()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_votes_and_certificates_arrive_as_tensors(client: triton.InferenceServerClient, binary: bool) -> None:
+    result = client.infer("defended", [tensor(triton, IMAGES)], query_params={"mode": "smooth", "n": 20})
+    assert result.as_numpy("label").dtype == np.int64
+    assert result.as_numpy("probabilities").sum(axis=1) == pytest.approx(np.ones(5))
+    assert result.as_numpy("radius") is None
+    wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("radius", "label", "radius_linf")]
+    result = client.infer("defended", [tensor(triton, IMAGES)], outputs=wanted, query_params={"mode": "certify"})
+    label, radius = result.as_numpy("label"), result.as_numpy("radius")
+    assert (label.dtype, label.shape) == (np.int64, (5,))
+    assert (radius.dtype, radius.shape) == (np.float32, (5,))
+    assert np.array_equal(label == -1, radius == 0)
+    assert result.as_numpy("radius_linf") == pytest.approx(radius / 32, rel=1e-6)
+    assert result.as_numpy("probabilities") is None
+    parameters = result.get_response()["parameters"]
+    assert parameters["evidence_mode"] == "certify"
+    assert parameters["evidence_queries"] == 5 * 90
+
+
+def test_a_dry_run_tells_tritonclient_the_cost(client: triton.InferenceServerClient) -> None:
+    query = {"mode": "certify", "dry_run": "true"}
+    answer = client.infer("defended", [tensor(triton, IMAGES)], query_params=query).get_response()
+    assert answer["outputs"] == []
+    assert answer["parameters"]["evidence_queries"] == 5 * 90
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client_receives_certificates_too(url: str) -> None:
+    async with triton_aio.InferenceServerClient(url) as client:
+        result = await client.infer("defended", [tensor(triton_aio, IMAGES)], query_params={"mode": "certify"})
+        assert result.as_numpy("label").shape == (5,)
+        with pytest.raises(triton.InferenceServerException, match="n must lie between"):
+            await client.infer("defended", [tensor(triton_aio, IMAGES)], query_params={"mode": "certify", "n": 81})

@@ -148,3 +148,44 @@ def test_bodies_beyond_the_bound_are_refused_over_a_socket(start: Start, victim:
         assert response.status_code == 413
         assert set(response.json()) == {"error"}
     assert httpx.get(f"{url}/v2/health/live").status_code == 200
+
+
+def test_evidence_from_processes(
+    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
+) -> None:
+    _, hospital_url = start("services.hospital", "--model", str(victim[0]))
+    modes = ["--modes", "sanitize,smooth,certify", "--smooth-n", "40", "--certify-n0", "20", "--certify-n", "80"]
+    counting = ["--budget", "200", "--budget-window-s", "3600", "--usage", "--shadow"]
+    gateway, url = start(
+        "services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url, *modes, *counting
+    )
+    files = {"file": ("scan.png", encode_png(images(1)[0].numpy()), "image/png")}
+    key = {"X-API-Key": "ward-7"}
+    quote = httpx.post(f"{url}/predict?mode=certify&dry_run=true", files=files, headers=key).json()
+    assert quote["evidence"]["queries"] == 101
+    assert httpx.get(f"{url}/queries").json()["queries"] == {}
+    told = httpx.post(f"{url}/predict?mode=certify", files=files, headers=key).json()
+    evidence = told["evidence"]
+    assert (evidence["n0"], evidence["n"], evidence["queries"], evidence["sigma"]) == (20, 80, 101, 0.25)
+    assert sum(evidence["votes"]) == 80
+    assert (told["label"] is None) == evidence["abstained"] == (evidence["radius"] == 0)
+    told = httpx.post(f"{url}/predict?mode=smooth&n=30", files=files, headers=key).json()
+    assert sum(told["evidence"]["votes"]) == told["evidence"]["n"] == 30
+    refused = httpx.post(f"{url}/predict?mode=certify", files=files, headers=key)
+    assert refused.status_code == 429
+    assert "68 are left" in refused.json()["error"]
+    assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+    assert httpx.post(f"{url}/predict?mode=certify", files=files).status_code == 200, "another client has its own"
+    (ours,) = (one for name, one in httpx.get(f"{url}/queries").json()["keys"].items() if name != "anonymous")
+    assert ours["queries"] == {"certify": 100, "smooth": 30, "shadow": 2}
+    assert ours["refused"] == 1
+    assert stop(gateway) == ""
+
+
+def test_a_mode_that_can_never_answer_is_refused_at_the_start(start: Start, artifact: tuple[Path, Sanitizer]) -> None:
+    with pytest.raises(AssertionError, match="--certify-n 5 can never answer anything"):
+        start(
+            "services.gateway",
+            *("--artifact", str(artifact[0]), "--victim-url", "http://127.0.0.1:9"),
+            *("--modes", "certify", "--certify-n", "5"),
+        )

@@ -2,22 +2,33 @@ import asyncio
 import base64
 import json
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from service_fakes import assert_error, scores_of, serving, tensor_request
-from torch import Tensor, nn
+from gateway_fakes import (
+    RNG,
+    SIGNATURE,
+    WHITE,
+    Answers,
+    Upstream,
+    gateway,
+    images,
+    named,
+    pixels,
+    scored,
+    segmenting,
+    victim,
+)
+from service_fakes import assert_error, scores_of, tensor_request
+from torch import Tensor
 
-from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
 from services.protocol.errors import InvalidInput
@@ -25,105 +36,6 @@ from services.protocol.images import decode_image, encode_png
 from services.protocol.masks import class_map, decode_mask
 
 pytestmark = pytest.mark.anyio
-
-SIGNATURE = {"id": "sha256-abc", "name": "ours", "sigma": 0.25, "queries_spent": 1234}
-RNG = np.random.default_rng(0)
-WHITE = encode_png(np.ones((1, 8, 6), np.float32))
-
-
-class Inverts(nn.Module):
-    """A sanitizer that leaves unmistakable traces: every value becomes 1 - value, clipped."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (1 - images).clamp(0, 1)
-
-
-class Answers(nn.Module):
-    """A sanitizer that returns what `function` says."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
-
-
-class Upstream(httpx.AsyncBaseTransport):
-    """A victim that records every image it receives, and answers their means."""
-
-    def __init__(self, fails: Callable[[httpx.Request], httpx.Response] | None = None) -> None:
-        self.fails = fails
-        self.received: list[np.ndarray] = []
-        self.requests = 0
-        self.ready = 200
-        self.describes: Callable[[], httpx.Response] = lambda: httpx.Response(415, json={"error": "tensors only"})
-        self.described = 0
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            return httpx.Response(self.ready)
-        self.requests += 1
-        body = await request.aread()
-        if request.headers.get("Content-Type") == "image/png":
-            self.received.extend(decode_image(body, channels=1, size=(8, 6))[None])
-            self.described += 1
-            return self.describes()
-        images = oip.decode_request(body, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
-        self.received.extend(images)
-        if self.fails is not None:
-            return self.fails(request)
-        return scored(victim(images))
-
-
-def named(*labels: str) -> Callable[[], httpx.Response]:
-    return lambda: httpx.Response(200, json={"label": "", "labels": labels, "probabilities": []})
-
-
-def victim(images: np.ndarray) -> np.ndarray:
-    mean = images.mean(axis=(1, 2, 3), dtype=np.float32)
-    return np.stack([mean, 1 - mean], axis=1)
-
-
-def scored(scores: np.ndarray) -> httpx.Response:
-    outputs = [(oip.Tensor("probabilities", scores), True)]
-    body, headers = oip.encode_response(outputs, model_name="v", model_version="1")
-    return httpx.Response(200, content=body, headers=headers)
-
-
-def pixels(images: np.ndarray) -> np.ndarray:
-    """What `segmenting` answers: bright pixels are of class 1."""
-    return np.concatenate([1 - images, images], axis=1).astype(np.float32)
-
-
-def segmenting(request: httpx.Request) -> httpx.Response:
-    images = oip.decode_request(request.content, oip.header_length(request.headers[oip.HEADER])).inputs[0].array
-    return scored(pixels(images))
-
-
-@asynccontextmanager
-async def gateway(
-    upstream: httpx.AsyncBaseTransport,
-    sanitizer: nn.Module | None = None,
-    *,
-    labels: tuple[str, ...] = ("bright", "dark"),
-    **changes: Any,
-) -> AsyncIterator[httpx.AsyncClient]:
-    artifact: Any = SimpleNamespace(
-        sanitizer=Inverts() if sanitizer is None else sanitizer,
-        manifest=SimpleNamespace(
-            **SIGNATURE, labels=list(labels), input=SimpleNamespace(channels=1, height=8, width=6)
-        ),
-    )
-    settings = GatewaySettings(
-        **{"artifact": "unused", "victim_url": "http://victim", "device": "cpu", "max_delay_ms": 0, **changes}
-    )
-    async with serving(make_gateway(artifact, settings, transport=upstream)) as http:
-        yield http
-
-
-def images(count: int) -> np.ndarray:
-    return RNG.random((count, 1, 8, 6), dtype=np.float32)
 
 
 async def test_an_image_is_sanitized_forwarded_and_answered_with_the_artifact() -> None:
@@ -143,6 +55,7 @@ async def test_an_image_is_sanitized_forwarded_and_answered_with_the_artifact() 
             assert told["label"] == ["bright", "dark"][int(scores.argmax())]
             assert told["labels"] == ["bright", "dark"]
             assert told["artifact"] == SIGNATURE
+            assert told["evidence"] == {"mode": "sanitize", "queries": 1}
             assert response.headers["X-Artifact-Id"] == "sha256-abc"
     assert len(upstream.received) == 2
     for received in upstream.received:
@@ -162,8 +75,11 @@ async def test_tensors_are_sanitized_forwarded_and_answered_in_their_own_form(pa
         assert head["parameters"] == {
             "artifact_id": "sha256-abc",
             "artifact_name": "ours",
+            "artifact_version": "1",
             "sigma": 0.25,
             "queries_spent": 1234,
+            "evidence_mode": "sanitize",
+            "evidence_queries": 20,
         }
         assert upstream.requests == 2
         assert np.array_equal(np.stack(upstream.received), clean)
@@ -184,7 +100,7 @@ async def test_an_image_is_answered_with_the_victims_mask_of_its_sanitized_form(
             response = await http.post("/predict", **question)
             assert response.status_code == 200, response.text
             told = response.json()
-            assert set(told) == {"labels", "lesion_fraction", "mask", "artifact"}
+            assert set(told) == {"labels", "lesion_fraction", "mask", "evidence", "artifact"}
             assert told["labels"] == ["background", "polyp"]
             assert told["artifact"] == SIGNATURE
             assert told["lesion_fraction"] == pytest.approx(classes.mean())
@@ -195,6 +111,7 @@ async def test_an_image_is_answered_with_the_victims_mask_of_its_sanitized_form(
             assert other.content == base64.b64decode(told["mask"])
             for one in (response, other):
                 assert one.headers["X-Artifact-Id"] == "sha256-abc"
+                assert json.loads(one.headers["X-Evidence"]) == {"mode": "sanitize", "queries": 1}
     assert len(upstream.received) == 4
     for received in upstream.received:
         assert np.array_equal(received, clean)
@@ -577,11 +494,7 @@ async def test_the_wire_is_a_setting() -> None:
         assert scores_of(await http.post("/predict", **tensor_request(images(3)))).tolist() == [[0.25, 0.75]] * 3
 
 
-def test_a_mapping_that_is_none_is_told_when_the_gateway_is_made(tmp_path: Path) -> None:
-    settings = GatewaySettings(artifact="unused", victim_url="http://victim", victim_mapping=tmp_path / "missing.toml")
-    artifact: Any = SimpleNamespace(
-        sanitizer=Inverts(),
-        manifest=SimpleNamespace(**SIGNATURE, labels=[], input=SimpleNamespace(channels=1, height=8, width=6)),
-    )
+async def test_a_mapping_that_is_none_is_told_when_the_gateway_is_made(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be read"):
-        make_gateway(artifact, settings)
+        async with gateway(Upstream(), victim_mapping=tmp_path / "missing.toml"):
+            pass

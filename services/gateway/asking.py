@@ -1,0 +1,105 @@
+"""What a request may ask for beside its images, and what it may be answered, for the code and the OpenAPI document."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, Header, Query
+
+from services.gateway.answers import EVIDENCE_HEADER
+from services.gateway.config import Mode
+from services.protocol import calls
+
+_ERROR: Final[dict[str, Any]] = {
+    "content": {
+        "application/json": {
+            "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+        }
+    }
+}
+_RETRY_AFTER: Final[dict[str, Any]] = {
+    "headers": {"Retry-After": {"description": "seconds, where waiting helps", "schema": {"type": "integer"}}}
+}
+_WORDS: Final = {
+    400: "what was sent is malformed, does not fit the model, or asks for a mode or an n that is not offered",
+    404: "no such model or version",
+    413: "the body, or the image in it, is too large",
+    415: "a media type or content encoding that is not spoken here",
+    429: "too much work is waiting, or the key's budget of victim queries does not hold the request",
+    500: "an error inside the gateway; nothing of the image was forwarded unsanitized",
+    501: "a part of the Open Inference Protocol that is not implemented",
+    502: "the model behind the gateway cannot be reached, or gave no valid answer",
+    503: "the model behind the gateway is not available",
+    504: "the model behind the gateway did not answer in time",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What these statuses mean, for the OpenAPI document."""
+    told: dict[int | str, dict[str, Any]] = {
+        status: {"description": _WORDS[status], **_ERROR, **(_RETRY_AFTER if status in (429, 503) else {})}
+        for status in statuses
+    }
+    # Also keeps FastAPI from announcing its own 422, which is never answered.
+    return told | {"default": {"description": "any other error", **_ERROR}}
+
+
+ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        **calls.RESPONSES[200],
+        "description": (
+            f"{calls.RESPONSES[200]['description']} The JSON to an image has `evidence` (the mode, the victim queries "
+            "spent and, with `smooth` and `certify`, sigma, n, alpha, the votes and the radius) and `artifact` too; "
+            "the same are parameters of a tensor answer. Under `smooth` and `certify` `probabilities` are shares of "
+            "votes, `label` is null where the gateway abstains, and a mask is grey there and comes with `abstention`, "
+            "the abstaining pixels alone; tensors come with the outputs `label` (-1: abstained) and, certified, "
+            "`radius` and `radius_linf`."
+        ),
+        "headers": {
+            "X-Artifact-Id": {"description": "the sanitizer that was used", "schema": {"type": "string"}},
+            EVIDENCE_HEADER: {"description": "the numbers of the evidence, in JSON", "schema": {"type": "string"}},
+        },
+    },
+    **errors(*_WORDS),
+}
+"""Everything that a question may be answered."""
+
+
+ModeAsked = Annotated[
+    Mode | None, Query(description="how the answer is found, among what is configured; without it, the first mode")
+]
+"""A mode in the query."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for beside its images.
+
+    Attributes:
+        mode: one of the modes that are offered; None: the first of them.
+        n: how many noisy copies; None: as many as are configured.
+        dry_run: whether only to say what the answer would cost.
+        key: who asks.
+    """
+
+    mode: Mode | None
+    n: int | None
+    dry_run: bool
+    key: str | None
+
+
+def asked(
+    mode: ModeAsked = None,
+    n: Annotated[
+        int | None, Query(ge=1, description="noisy copies in smooth and certify, up to what is configured")
+    ] = None,
+    dry_run: Annotated[
+        bool, Query(description="say what the answer would cost in victim queries, and spend none")
+    ] = False,
+    x_api_key: Annotated[str | None, Header(description="whose budget pays; a name, and no authentication")] = None,
+) -> Asked:
+    """Reads it from the query and the headers."""
+    return Asked(mode, n, dry_run, x_api_key)
+
+
+Asking = Annotated[Asked, Depends(asked)]
+"""An argument that is read so."""

@@ -1,0 +1,214 @@
+"""The way of an image through the gateway: sanitized, forwarded, and the victim's scores back."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import httpx
+import numpy as np
+import torch
+from torch import nn
+
+from services.batching import Admission, Array, Batcher
+from services.device import resolve_device
+from services.gateway.accounting import Account, Bill
+from services.gateway.config import GatewaySettings
+from services.protocol.client import AsyncVictimClient
+from services.protocol.errors import (
+    TRANSIENT,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+    UpstreamInvalid,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from services.protocol.mapping import load_mapping
+
+Forward = Callable[[Array, Callable[[int], None]], Awaitable[Array]]
+"""Images (N,C,H,W) as they are, and what takes back queries that were not sent -> the victim's scores for them."""
+
+# What clients are told of the victim's failures: the meaning, not the inside (addresses, the victim's own words).
+_TOLD: dict[type[ServiceError], str] = {
+    Overloaded: "the model behind the gateway is overloaded; come back later",
+    Unavailable: "the model behind the gateway is not available; come back later",
+    UpstreamUnreachable: "the model behind the gateway cannot be reached",
+    UpstreamTimeout: "the model behind the gateway did not answer in time",
+    UpstreamInvalid: "the model behind the gateway gave no valid answer",
+}
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+
+
+class Pipeline:
+    """A sanitizer and the victim behind it. An async context manager: it works inside only.
+
+    Args:
+        sanitizer: the module.
+        shape: (C,H,W) of the images.
+        labels: the victim's classes, where the artifact knows them; else empty.
+        settings: the service's settings.
+        own: the account of the queries that no client's image needs.
+        admission: where images in work are counted.
+        transport: in place of the network to the victim, for tests.
+
+    Raises:
+        ServiceError: a URL or the mapping is none, or the device of the settings cannot be used.
+    """
+
+    def __init__(
+        self,
+        sanitizer: nn.Module,
+        shape: tuple[int, int, int],
+        labels: Sequence[str],
+        settings: GatewaySettings,
+        *,
+        own: Account,
+        admission: Admission,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Opens no connection yet."""
+        self._shape = shape
+        self._labels = labels
+        self._own = own
+        self._admission = admission
+        self._request_size = settings.forward_batch
+        self._victim = AsyncVictimClient(
+            settings.victim_url,
+            batch=settings.forward_batch,
+            in_flight=settings.in_flight,
+            timeout_s=settings.timeout_s,
+            wire=settings.wire,
+            mapping=load_mapping(settings.victim_mapping),
+            on_resend=lambda images: own.spend("resent", images),
+            transport=transport,
+        )
+        self._batcher = Batcher(
+            _sanitizing(sanitizer, resolve_device(settings.device)),
+            max_batch=settings.max_batch,
+            max_delay_s=settings.max_delay_ms / 1000,
+        )
+        self._learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
+        self._learned_shape: tuple[int, ...] = ()  # of the scores for one image: (K), or (K,H,W)
+        self._learning = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        """Starts the sanitizer's thread."""
+        await self._batcher.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the thread, and closes all connections."""
+        try:
+            await self._batcher.__aexit__(kind, error, trace)
+        finally:
+            await self._victim.aclose()
+
+    async def ask(self, images: Array, bill: Bill) -> Array:
+        """The victim's scores (N,K) or (N,K,H,W) for the sanitized images (N,C,H,W); N queries of the bill.
+
+        Raises:
+            ServiceError: the victim failed; what clients are to be told of it.
+        """
+        sanitized = await self._batcher(images)
+        bill.spend(len(sanitized))
+        return await self.forward(sanitized, bill.refund)
+
+    async def forward(self, images: Array, refund: Callable[[int], None]) -> Array:
+        """The victim's scores for images as they are, which have been paid for already.
+
+        Args:
+            images: (N,C,H,W).
+            refund: called with N if they were not sent at all.
+
+        Returns:
+            (N,K), or (N,K,H,W) from a segmenter.
+
+        Raises:
+            ServiceError: the victim failed; what clients are to be told of it.
+        """
+        with _retold():
+            try:
+                scores = await self._victim.infer(images)
+            except UpstreamUnreachable as error:
+                # Of several requests, others may have been sent.
+                if isinstance(error.__cause__, _NOT_SENT) and len(images) <= self._request_size:
+                    refund(len(images))
+                raise
+        if self._labels and scores.shape[1] != len(self._labels):
+            raise UpstreamInvalid(
+                f"the model answers {scores.shape[1]} scores; the artifact has {len(self._labels)} labels"
+            )
+        self._learned_shape = scores.shape[1:]
+        return scores
+
+    async def names(self, images: Array, classes: int) -> Sequence[str]:
+        """The names of the classes: the artifact's, or the victim's own, asked for once; else numbers.
+
+        A sanitizer that was trained without any query does not know them.
+
+        Args:
+            images: (N,C,H,W); the first one, sanitized, is what the victim is asked with.
+            classes: how many classes there are.
+        """
+        if self._labels:
+            return self._labels
+        async with self._learning:
+            if classes not in self._learned_labels:
+                sanitized = await self._batcher(images[:1])
+                self._own.spend("labels", 1)
+                try:
+                    with _retold():
+                        told = (await self._victim.describe(sanitized[0]))["labels"]
+                except TRANSIENT:
+                    raise
+                except ServiceError:  # it takes no images, or has no names; asking again would cost a query each time
+                    told = None
+                names = told if isinstance(told, list) and len(told) == classes else range(classes)
+                self._learned_labels[classes] = [str(name) for name in names]
+            return self._learned_labels[classes]
+
+    async def scores_shape(self) -> tuple[int, ...]:
+        """What the victim answers to one image; if none was sent so far, it is asked about a grey one, once.
+
+        Neither the artifact nor a victim's URL says whether the victim scores images or pixels, and the protocol knows
+        no shape that leaves the number of axes open.
+        """
+        async with self._learning:
+            if not self._learned_shape:
+                with self._admission.admit(1), self._own.bill("shape", 1) as bill:
+                    await self.ask(np.full((1, *self._shape), 0.5, np.float32), bill)
+            return self._learned_shape
+
+    async def ready(self) -> bool:
+        """Whether the victim says that it is ready."""
+        return await self._victim.ready()
+
+
+@contextmanager
+def _retold() -> Iterator[None]:
+    """Turns the victim's failures into what clients are told of them."""
+    try:
+        yield
+    except ServiceError as error:
+        # What else the victim objects to (400, 413, ...) was said of the gateway's request, not the client's.
+        kind = type(error) if type(error) in _TOLD else UpstreamInvalid
+        raise kind(_TOLD[kind], retry_after=error.retry_after) from error
+
+
+def _sanitizing(sanitizer: nn.Module, device: torch.device) -> Callable[[Array], Array]:
+    """The function (n,C,H,W) -> (n,C,H,W) that the batcher runs; refuses to return anything that is no image."""
+    sanitizer.to(device).eval()
+
+    @torch.inference_mode()
+    def run(images: Array) -> Array:
+        sanitized = sanitizer(torch.from_numpy(images).to(device))
+        if sanitized.shape != images.shape or not bool(((sanitized >= 0) & (sanitized <= 1)).all()):
+            raise RuntimeError("the sanitizer returned something that is no image in [0,1]")
+        array: Array = sanitized.float().cpu().numpy()
+        return array
+
+    return run
