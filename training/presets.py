@@ -35,6 +35,10 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         "surrogate": f"{_DS} --batch 32 --extra 32 --validate-every 200 {_SLOW} {_FOLLOWED}",
         # For budgets that hold a few hundred of those steps only: a quarter of the queries a step, and much more time.
         "surrogate-small": f"{_DS} --batch 8 --extra 56 --validate-every 600 {_SLOW} {_FOLLOWED}",
+        # For segmenters: an answer teaches the student at every pixel, so that it needs fewer of them and less fitting.
+        # Masks suffer more than classes do where the pass that sees no noise blurs: hence the images with less noise.
+        "surrogate-dense": f"{_DS} --batch 16 --extra 16 --validate-every 100 {_SLOW} {_FOLLOWED} "
+        "--warm-up-steps 1000 --less-noise 0.5",
         "checked": f"{_DS} {_TRUSTED} --estimator surrogate --checked 8",
         "guided": f"{_DS} {_TRUSTED} --guided --directions 1",
         "guided-dct": f"{_DS} {_TRUSTED} --guided --subspace dct --rank 64 --sampling orthonormal --directions 4",
