@@ -28,7 +28,8 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         "zo-ae-ds-rge20": f"{_AE_DS} {_RGE} --directions 20 --batch 32",
         "zo-ae-ds-rge192": f"{_AE_DS} {_RGE} --directions 192 --batch 8",
         "zo-ae-ds-cge": f"{_AE_DS} {_CGE} --batch 4",
-        "local": f"{_DS} --estimator local --window 9 --directions 4 --batch 32 --clip 5",
+        "local": f"{_DS} --estimator local --window 9 --directions 4 --batch 32 --clip 5 "
+        "--learning-rate 5e-5 --schedule cosine --averaging 0.9 --validate-every 20",
         "dct": f"{_DS} --subspace dct --rank 64 --rotated 0.25 {_PROJECTED} --directions 4 --batch 128",
         "decoder": f"{_DS} --subspace decoder {_PROJECTED} --directions 4 --batch 128",
         "control-variate": f"{_DS} --batch 32 {_FAST} --control-variate --directions 1 --difference forward",
