@@ -146,7 +146,7 @@ def _measure(arguments: argparse.Namespace) -> int:
                     if radius == 0:
                         continue
                     radii.append(radius)
-                    answer = torch.from_numpy(certificate.as_numpy("probabilities")).argmax(dim=1)
+                    answer = torch.tensor(certificate.as_numpy("probabilities")).argmax(dim=1)
                     for (name, times), tally in tallies.items():
                         epsilon = times * radius * _INSIDE if name == "pgd-l2" else None
                         found = craft(

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import numpy as np
 import numpy.typing as npt
 
-from services.protocol.datatypes import DTYPES, check_shape, datatype_of, from_bytes, from_json
+from services.protocol.datatypes import from_bytes
 from services.protocol.errors import InvalidInput, Unsupported
-
-HEADER = "Inference-Header-Content-Length"
-"""The HTTP header that holds the length of the JSON part in bytes."""
+from services.protocol.tensors import HEADER as HEADER
+from services.protocol.tensors import Tensor as Tensor
+from services.protocol.tensors import decode_tensors, encode_tensors, entries_of, flag, parameters_of
 
 INPUT = "images"
 """The name that this project gives to its only input (N,C,H,W)."""
@@ -29,19 +28,6 @@ OUTPUT = "probabilities"
 
 JSON_TYPE = "application/json"
 BINARY_TYPE = "application/octet-stream"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A named array on the wire; a decoded one may be a read-only view of the message."""
-
-    name: str
-    array: npt.NDArray[Any]
-
-    @property
-    def datatype(self) -> str:
-        """The protocol's name of the element type."""
-        return datatype_of(self.array)
 
 
 @dataclass(frozen=True)
@@ -114,7 +100,7 @@ def encode_request(
     Raises:
         InvalidInput: an FP16 tensor in JSON.
     """
-    entries, parts = _encode_tensors([(tensor, binary) for tensor in inputs])
+    entries, parts = encode_tensors([(tensor, binary) for tensor in inputs])
     request: dict[str, Any] = {"inputs": entries}
     if output is not None:
         request["outputs"] = [{"name": output, **({"parameters": {"binary_data": True}} if binary_output else {})}]
@@ -132,7 +118,7 @@ def encode_response(
     parameters: dict[str, Any] | None = None,
 ) -> tuple[bytes, dict[str, str]]:
     """Encodes an answer, each output with whether it shall be binary; returns the body and its HTTP headers."""
-    entries, parts = _encode_tensors(outputs)
+    entries, parts = encode_tensors(outputs)
     answer: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
     if request_id is not None:
         answer["id"] = request_id
@@ -159,17 +145,17 @@ def decode_request(body: bytes, json_length: int | None, *, raw: RawInput | None
         array = from_bytes(memoryview(body), raw.shape, raw.datatype, f"the raw input (one {raw.name!r})")
         return Request(inputs=(Tensor(raw.name, array),), binary_default=True)
     message, rest = _split(body, json_length)
-    parameters = _parameters(message, "the request")
+    parameters = parameters_of(message, "the request")
     identity = message.get("id")
     if identity is not None and not isinstance(identity, str):
         raise InvalidInput("'id' must be a string")
-    default = _flag(parameters, "binary_data_output", False)
+    default = flag(parameters, "binary_data_output", False)
     outputs: dict[str, bool] = {}
-    for name, _, options in _entries(message, "outputs", required=False):
+    for name, _, options in entries_of(message, "outputs", required=False):
         if "classification" in options:
             raise Unsupported("classification outputs are not supported")
-        outputs[name] = _flag(options, "binary_data", default)
-    return Request(_decode_tensors(message, "inputs", rest), identity, outputs, default)
+        outputs[name] = flag(options, "binary_data", default)
+    return Request(decode_tensors(message, "inputs", rest), identity, outputs, default)
 
 
 def decode_response(body: bytes, json_length: int | None, *, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
@@ -185,7 +171,7 @@ def decode_response(body: bytes, json_length: int | None, *, only: str | None = 
         Unsupported: it uses a part of the protocol that is not implemented.
     """
     message, rest = _split(body, json_length)
-    return {tensor.name: tensor.array for tensor in _decode_tensors(message, "outputs", rest, only)}
+    return {tensor.name: tensor.array for tensor in decode_tensors(message, "outputs", rest, only)}
 
 
 def _message(head: dict[str, Any], parts: Sequence[bytes | memoryview]) -> tuple[bytes, dict[str, str]]:
@@ -193,24 +179,6 @@ def _message(head: dict[str, Any], parts: Sequence[bytes | memoryview]) -> tuple
     if not parts:
         return text, {"Content-Type": JSON_TYPE}
     return b"".join([text, *parts]), {"Content-Type": BINARY_TYPE, HEADER: str(len(text))}
-
-
-def _encode_tensors(tensors: Sequence[tuple[Tensor, bool]]) -> tuple[list[dict[str, Any]], list[memoryview]]:
-    entries: list[dict[str, Any]] = []
-    parts: list[memoryview] = []
-    for tensor, binary in tensors:
-        array = np.ascontiguousarray(tensor.array, dtype=tensor.array.dtype.newbyteorder("<"))
-        datatype = tensor.datatype
-        entry: dict[str, Any] = {"name": tensor.name, "shape": list(array.shape), "datatype": datatype}
-        if binary:
-            parts.append(array.reshape(-1).view(np.uint8).data)
-            entry["parameters"] = {"binary_data_size": array.nbytes}
-        elif datatype == "FP16":
-            raise InvalidInput("FP16 has no JSON form; ask for binary data")
-        else:
-            entry["data"] = array.reshape(-1).tolist()
-        entries.append(entry)
-    return entries, parts
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -228,80 +196,3 @@ def _split(body: bytes, json_length: int | None) -> tuple[dict[str, Any], memory
     if not isinstance(message, dict):
         raise InvalidInput("the message must be a JSON object")
     return message, None if json_length is None else memoryview(body)[json_length:]
-
-
-def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
-    parameters = owner.get("parameters")
-    if parameters is None:  # null, as KServe's Python server says it, is none
-        return {}
-    if not isinstance(parameters, dict):
-        raise InvalidInput(f"'parameters' of {what} must be an object")
-    return parameters
-
-
-def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise InvalidInput(f"parameter {name!r} must be true or false")
-    return value
-
-
-def _entries(message: dict[str, Any], key: str, *, required: bool) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The entries of `inputs` or `outputs` as (name, entry, parameters), names unique."""
-    entries = message.get(key, [])
-    if not isinstance(entries, list) or (required and not entries):
-        raise InvalidInput(f"{key!r} must be a list of tensors" + (" with at least one entry" if required else ""))
-    found: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name:
-            raise InvalidInput(f"every entry of {key!r} must be an object with a 'name'")
-        if name in found:
-            raise InvalidInput(f"{key!r} names {name!r} twice")
-        parameters = _parameters(entry, repr(name))
-        if "shared_memory_region" in parameters:
-            raise Unsupported("shared memory is not supported")
-        found[name] = (name, entry, parameters)
-    return list(found.values())
-
-
-def _decode_tensors(
-    message: dict[str, Any], key: str, rest: memoryview | None, only: str | None = None
-) -> tuple[Tensor, ...]:
-    tensors = []
-    for name, entry, parameters in _entries(message, key, required=True):
-        data = _own_bytes(name, entry, parameters.get("binary_data_size"), rest)
-        if rest is not None and data is not None:
-            rest = rest[len(data) :]
-        if only in (None, name):
-            tensors.append(Tensor(name, _decode_tensor(name, entry, data)))
-    if rest:
-        raise InvalidInput(f"{len(rest)} bytes are left over behind the last tensor")
-    return tuple(tensors)
-
-
-def _own_bytes(name: str, entry: dict[str, Any], size: object, rest: memoryview | None) -> memoryview | None:
-    """The bytes of a tensor, which come next in the rest; None: it is in the JSON part."""
-    if size is None:
-        return None
-    if "data" in entry:
-        raise InvalidInput(f"{name!r} has both 'data' and 'binary_data_size'")
-    if type(size) is not int or size < 0:
-        raise InvalidInput(f"{name!r}: 'binary_data_size' must be a number of bytes")
-    if rest is None:
-        raise InvalidInput(f"{name!r} is binary, but the header {HEADER} is missing")
-    if size > len(rest):
-        raise InvalidInput(f"{name!r} announces {size} bytes, but only {len(rest)} are left in the body")
-    return rest[:size]
-
-
-def _decode_tensor(name: str, entry: dict[str, Any], data: memoryview | None) -> npt.NDArray[Any]:
-    shape = check_shape(entry.get("shape"), name)
-    datatype = entry.get("datatype")
-    if datatype == "BYTES":
-        raise Unsupported(f"{name!r}: BYTES tensors are not supported")
-    if not isinstance(datatype, str) or datatype not in DTYPES:
-        raise InvalidInput(f"{name!r}: unknown datatype {datatype!r:.40}; known are {', '.join(DTYPES)}")
-    if data is None:
-        return from_json(entry.get("data"), shape, datatype, name)
-    return from_bytes(data, shape, datatype, repr(name))
