@@ -51,6 +51,7 @@ class Account:
         queries: what was spent since the start, by purpose: a mode, or "shadow".
         shadow: images whose answers were to be compared, by what came of it.
         refused: requests that the budget did not hold.
+        suspected: images that looked like an attack by queries; see `services.gateway.detection`.
     """
 
     def __init__(self, budget: Budget, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,6 +59,7 @@ class Account:
         self.queries: Counter[str] = Counter()
         self.shadow: Counter[Comparison] = Counter()
         self.refused = 0
+        self.suspected = 0
         self._budget = budget
         self._clock = clock
         self._used = 0  # of the budget, in the present window
@@ -197,14 +199,14 @@ class Accounts:
 
     def of(self, key: str | None) -> Account:
         """The account of a client, opened if need be."""
-        name = self._name(key)
+        name = self.name(key)
         if name not in self._by_name:
             self._by_name[name] = Account(self._budget, self._clock)
         return self._by_name[name]
 
     def quote(self, key: str | None) -> dict[str, Any] | None:
         """What `Account.quote` says of a client, for whom no account is opened."""
-        return (self._by_name.get(self._name(key)) or Account(self._budget, self._clock)).quote()
+        return (self._by_name.get(self.name(key)) or Account(self._budget, self._clock)).quote()
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that is counted, in JSON. Counters only rise, but for queries that were not sent after all."""
@@ -218,6 +220,7 @@ class Accounts:
                 name: {
                     "queries": dict(account.queries),
                     "refused": account.refused,
+                    "suspected": account.suspected,
                     "shadow": dict(account.shadow),
                     "budget": account.quote(),
                 }
@@ -225,7 +228,8 @@ class Accounts:
             },
         }
 
-    def _name(self, key: str | None) -> str:
+    def name(self, key: str | None) -> str:
+        """The name that a client's account has, or would have if it were opened now."""
         if not key:
             return ANONYMOUS
         name = f"sha256:{hashlib.sha256(key.encode()).hexdigest()[:16]}"

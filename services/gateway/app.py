@@ -18,6 +18,7 @@ from services.gateway.accounting import Accounts, Budget
 from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
 from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors
 from services.gateway.config import GatewaySettings
+from services.gateway.detection import Detector
 from services.gateway.modes import Modes
 from services.gateway.pipeline import Pipeline
 from services.gateway.shadow import Shadow
@@ -64,6 +65,7 @@ def make_gateway(
         transport=transport,
     )
     vote = Voter(pipeline.ask, chunk=settings.chunk)
+    detector = Detector(settings)
     shadow = Shadow(pipeline.forward, max_images=settings.max_queue, least_dice=settings.shadow_dice)
 
     @asynccontextmanager
@@ -86,8 +88,10 @@ def make_gateway(
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
             return answer_quote(call, Evidence(plan, cost), accounts.quote(asked.key), signature)
+        account = accounts.of(asked.key)
+        await detector.watch(accounts.name(asked.key), account, call.images)
         queue = admission_of_copies if plan.copies else admission
-        with accounts.of(asked.key).bill(plan.mode, cost) as bill, queue.admit(queries):
+        with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
             if plan.copies:
                 votes = await vote(call.images, plan, bill, request.is_disconnected)

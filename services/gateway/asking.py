@@ -24,7 +24,8 @@ _WORDS: Final = {
     404: "no such model or version",
     413: "the body, or the image in it, is too large",
     415: "a media type or content encoding that is not spoken here",
-    429: "too much work is waiting, or the key's budget of victim queries does not hold the request",
+    429: "too much work is waiting, the key's budget of victim queries does not hold the request, or the key has sent "
+    "many near-identical images",
     500: "an error inside the gateway; nothing of the image was forwarded unsanitized",
     501: "a part of the Open Inference Protocol that is not implemented",
     502: "the model behind the gateway cannot be reached, or gave no valid answer",

@@ -10,6 +10,9 @@ from defense.segmentation_smoothing import TAU
 from services.protocol.client import WireName
 from services.runtime import ServiceSettings
 
+Detection = Literal["off", "report", "slow", "refuse"]
+"""What is done about many near-identical images of one client: see `services.gateway.detection`."""
+
 Mode = Literal["sanitize", "smooth", "certify"]
 """How an answer is found: see `services.gateway.modes`."""
 
@@ -76,6 +79,20 @@ class GatewaySettings(ServiceSettings):
         False, description="ask the victim about the raw images too, and count how often its answer differs"
     )
     shadow_dice: float = Field(0.8, ge=0, le=1, description="Dice of two masks below which they count as different")
+
+    detection: Detection = Field(
+        "report",
+        description="attacks by queries send many near-identical images: count and log them (report), "
+        "also delay (slow) or refuse what follows, or do not look (off)",
+    )
+    detection_near: int = Field(
+        25, ge=2, description="different images near one another, of one key, from which on they look like an attack"
+    )
+    detection_radius: float = Field(
+        0.04, gt=0, lt=1, description="how near: root mean square difference of 16 x 16 thumbnails in [0,1]"
+    )
+    detection_window_s: float = Field(3600.0, gt=0, description="seconds after which near images are counted anew")
+    detection_delay_s: float = Field(1.0, ge=0, le=60, description="how long slow lets a request wait, in seconds")
 
     @field_validator("victim_url", "modes", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ ServiceError                  500
 ├── UnsupportedMedia          415  a media type or content encoding that is not spoken here
 ├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
 ├── BudgetSpent               429  the client may cause no more victim queries, or not before `retry_after` seconds
+├── AttackSuspected           429  the client has sent many near-identical images; come back after `retry_after` seconds
 ├── Unsupported               501  a part of the protocol that is not implemented
 ├── UpstreamUnreachable       502  the victim cannot be reached, or broke the connection
 ├── UpstreamInvalid           502  the victim answered something that is no answer
@@ -80,6 +81,12 @@ class Overloaded(ServiceError):  # noqa: N818
 
 class BudgetSpent(ServiceError):  # noqa: N818
     """The client may cause no more victim queries, or not so many at once, or not yet."""
+
+    status = 429
+
+
+class AttackSuspected(ServiceError):  # noqa: N818
+    """The client has sent more near-identical images than ordinary clients do."""
 
     status = 429
 

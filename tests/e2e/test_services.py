@@ -182,6 +182,28 @@ def test_evidence_from_processes(
     assert stop(gateway) == ""
 
 
+def test_an_attack_by_queries_is_seen_and_refused(
+    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
+) -> None:
+    _, hospital_url = start("services.hospital", "--model", str(victim[0]))
+    detection = ["--detection", "refuse", "--detection-near", "6", "--usage"]
+    gateway, url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url, *detection)
+    key = {"X-API-Key": "eve"}
+    steps = [images(1)[0].numpy().clip(0, 1 - step / 255) for step in range(1, 9)]
+    statuses = [
+        httpx.post(
+            f"{url}/predict", files={"file": ("scan.png", encode_png(step), "image/png")}, headers=key
+        ).status_code
+        for step in steps
+    ]
+    assert statuses == [200] * 5 + [429] * 3
+    other = httpx.post(f"{url}/predict", files=files[7])
+    assert other.status_code == 200, "another client has its own"
+    keys = httpx.get(f"{url}/queries").json()["keys"]
+    assert sorted(one["suspected"] for one in keys.values()) == [0, 3]
+    assert "query attack suspected: sha256:" in stop(gateway)
+
+
 def test_a_mode_that_can_never_answer_is_refused_at_the_start(start: Start, artifact: tuple[Path, Sanitizer]) -> None:
     with pytest.raises(AssertionError, match="--certify-n 5 can never answer anything"):
         start(

@@ -138,6 +138,7 @@ def test_keys_have_accounts_of_their_own_and_are_not_kept() -> None:
     assert told["keys"][name] == {
         "queries": {"sanitize": 1, "smooth": 2},
         "refused": 0,
+        "suspected": 0,
         "shadow": {},
         "budget": {"queries": 10, "window_s": None, "left": 7, "resets_in_s": None},
     }
@@ -152,7 +153,7 @@ def test_beyond_their_number_keys_share_an_account_and_its_budget() -> None:
     accounts = Accounts(Budget(10), max_keys=2)
     for key in ("a", "b", "c", "d"):
         accounts.of(key).spend("sanitize", 6)
-    assert set(accounts.snapshot()["keys"]) - {OTHERS} == {accounts._name("a"), accounts._name("b")}
+    assert set(accounts.snapshot()["keys"]) - {OTHERS} == {accounts.name("a"), accounts.name("b")}
     assert accounts.of("a").left == 4
     assert accounts.of("e").left == 0
 

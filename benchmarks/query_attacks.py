@@ -1,0 +1,265 @@
+"""Attacks by queries through the gateway, and what its detection makes of them and of ordinary traffic.
+
+    python -m benchmarks.query_attacks --data ../shared/data/brain_mri --victim artifacts/brain_mri/victim \
+        --artifact artifacts/brain_mri/zo-ds
+
+Hospital and gateway run as processes; the gateway reports, so that attacks go on to their end. Each attacked image has
+a client key of its own. Square (Andriushchenko et al., ECCV 2020; pyautoattack's) reads the scores, HopSkipJump (Chen
+et al., S&P 2020; foolbox's) the decisions alone, from an image that is answered otherwise. Of a masked image the score
+is the Dice with the mask of the clean image, and it counts as lost below one half.
+
+Ordinary traffic is every image of the split from one key, in the order of the data set, some of them followed by what
+clients send too: the same again, recompressed, cropped, shifted, turned, brighter or darker.
+
+What the gateway counted is read from `GET /queries`. The table for other thresholds replays the same images through the
+gateway's own `History`.
+"""
+
+import argparse
+import hashlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import torch
+from foolbox.attacks.hop_skip_jump import HopSkipJumpAttack
+from foolbox.criteria import Misclassification
+from foolbox.models.pytorch import PyTorchModel
+from PIL import Image
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.transforms import functional as warp
+from tqdm import tqdm
+
+from services.gateway.config import GatewaySettings
+from services.gateway.fingerprints import History, fingerprints
+from services.protocol import oip
+from training import cli
+from training.datasets import load_data
+from training.measuring import chosen_images
+from training.processes import service
+from training.results import align
+
+_NEAR: Final = (10, 15, 25, 50, 100)
+_RADII: Final = (0.02, 0.04, 0.06)
+_VARIANTS: Final = 0.25  # probability of each kind of second sending, for each image
+
+
+class SpentError(Exception):
+    """The attack has had its queries."""
+
+
+@dataclass
+class Client:
+    """One client of the gateway, who keeps what it sent.
+
+    Attributes:
+        url: the gateway's.
+        key: its own.
+        limit: images after which it stops; None: never.
+        sent: images, in order.
+    """
+
+    http: httpx.Client
+    url: str
+    key: str
+    limit: int | None = None
+    sent: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def scores(self, images: Tensor) -> Tensor:
+        """The gateway's scores, (N,K) or (N,K,H,W), for images (N,C,H,W)."""
+        if self.limit is not None and len(self.sent) + len(images) > self.limit:
+            raise SpentError
+        batch = images.detach().float().numpy()
+        self.sent.extend(batch)
+        body, headers = oip.encode_request([oip.Tensor(oip.INPUT, batch)])
+        response = self.http.post(f"{self.url}/predict", content=body, headers={**headers, "X-API-Key": self.key})
+        length = oip.header_length(response.raise_for_status().headers.get(oip.HEADER))
+        return torch.tensor(oip.decode_response(response.content, length)[oip.OUTPUT])
+
+    def suspected(self) -> int:
+        """How many of its images the gateway suspects."""
+        keys = self.http.get(f"{self.url}/queries").json()["keys"]
+        return int(keys[f"sha256:{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"]["suspected"])
+
+
+class Held(nn.Module):
+    """Whether the answer to the clean image holds: logits (N,2), larger at 0 where it does.
+
+    Args:
+        scores: (N,C,H,W) -> (N,K) or (N,K,H,W).
+        clean: scores for the clean image, (1,K) or (1,K,H,W).
+    """
+
+    def __init__(self, scores: Callable[[Tensor], Tensor], clean: Tensor) -> None:
+        super().__init__()
+        self._scores, self._clean = scores, clean
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Of a class its probability against the largest other one; of a mask the Dice against one minus it."""
+        scores = self._scores(images)
+        if scores.ndim == 2:
+            label = int(self._clean.argmax())
+            others = torch.cat([scores[:, :label], scores[:, label + 1 :]], dim=1)
+            return torch.stack([scores[:, label], others.amax(dim=1)], dim=1)
+        clean, mask = self._clean.argmax(dim=1) > 0, scores.argmax(dim=1) > 0
+        overlap = 2 * (clean & mask).sum(dim=(1, 2)) / (clean.sum() + mask.sum(dim=(1, 2))).clamp_min(1)
+        # The probabilities break ties between equal masks, or a score-based attack would see plateaus alone.
+        soft = (scores[:, 1:].sum(dim=1) * clean).sum(dim=(1, 2)) / clean.sum().clamp_min(1)
+        held = overlap + 1e-3 * soft
+        return torch.stack([held, 1 - overlap], dim=1)
+
+
+def square(model: nn.Module, image: Tensor, _other: Tensor, arguments: argparse.Namespace) -> bool:
+    """Square in L-infinity on (C,H,W); whether it succeeded."""
+    attack = SquareAttack(
+        model,
+        eps=arguments.epsilon / 255,
+        n_queries=arguments.queries - 3,  # the clean scores, the random start and the last look are queries too
+        seed=arguments.seed,
+        device="cpu",
+    )
+    label = torch.zeros(1, dtype=torch.long)
+    return bool((model(attack.perturb(image[None], label)).argmax(dim=1) != 0).item())
+
+
+def hop_skip_jump(model: nn.Module, image: Tensor, other: Tensor, arguments: argparse.Namespace) -> bool:
+    """HopSkipJump in L2 on (C,H,W), from an image that is answered otherwise; whether that one was."""
+    defended = PyTorchModel(model.eval(), bounds=(0, 1), device="cpu")
+    if model(other[None]).argmax() == 0:
+        return False
+    attack = HopSkipJumpAttack(steps=arguments.queries)
+    held = Misclassification(torch.zeros(1).long())
+    attack.run(defended, image[None], held, starting_points=other[None])
+    return True
+
+
+def ordinary(images: Tensor, generator: np.random.Generator) -> list[Tensor]:
+    """What a client sends who has these images (N,C,H,W): each, and some of them again in other forms."""
+    side = images.shape[-1]
+
+    def cropped(image: Tensor) -> Tensor:
+        cut = max(side // 32, 1)
+        return functional.interpolate(image[None, :, cut:-cut, cut:-cut], size=image.shape[1:], mode="bilinear")[0]
+
+    forms: list[Callable[[Tensor], Tensor]] = [
+        lambda image: image,
+        lambda image: _recompressed(image, 75),
+        lambda image: _recompressed(image, 90),
+        cropped,
+        lambda image: image.roll(1, dims=2),
+        lambda image: warp.rotate(image, float(generator.uniform(-3, 3))),
+        lambda image: (image * float(generator.uniform(0.95, 1.05))).clamp(0, 1),
+    ]
+    sent = []
+    for image in images:
+        sent.append(image)
+        sent += [form(image) for form in forms if generator.random() < _VARIANTS]
+    return sent
+
+
+def _recompressed(image: Tensor, quality: int) -> Tensor:
+    pixels = (image.permute(1, 2, 0).squeeze(2) * 255).round().byte().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    decoded = torch.from_numpy(np.array(Image.open(file), np.float32) / 255)
+    return decoded[None] if decoded.ndim == 2 else decoded.permute(2, 0, 1)
+
+
+def first_suspected(sent: list[npt.NDArray[np.float32]], near: int, radius: float) -> tuple[int | None, int]:
+    """After how many images a stream is suspected first (None: never), and how many of its images are."""
+    history = History(radius, window_s=float("inf"))
+    flags = [history.meet(image, fingerprints(image[None])[0], 0.0).near >= near for image in sent]
+    return (flags.index(True) + 1 if any(flags) else None), sum(flags)
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    cli.add_data_arguments(parser)
+    add = parser.add_argument
+    add("--victim", type=Path, required=True, help="what training.victim_fit wrote")
+    add("--artifact", type=Path, required=True, help="the sanitizer")
+    add("--split", choices=("test", "validation"), default="test", help="images to use (default test)")
+    add("--images", type=cli.positive_int, default=20, help="images each attack is run on (default 20)")
+    add("--queries", type=cli.positive_int, default=500, help="most queries an attacked image (default 500)")
+    add("--epsilon", type=cli.positive_float, default=8.0, help="of Square, in 1/255 (default 8)")
+    return cli.run(_measure, parser, None)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    splits = load_data(arguments)
+    _, everything = chosen_images(splits, arguments.split, None, arguments.seed)
+    _, attacked = chosen_images(splits, arguments.split, arguments.images, arguments.seed)
+    traffic = ordinary(everything.images, np.random.default_rng(arguments.seed))
+    streams: dict[str, list[list[npt.NDArray[np.float32]]]] = {"square": [], "hopskipjump": []}
+    succeeded = dict.fromkeys(streams, 0)
+    counted = dict.fromkeys(streams, 0)
+    with TemporaryDirectory() as folder, httpx.Client(timeout=600) as http:
+        log = Path(folder)
+        hospital = service("services.hospital", ["--model", str(arguments.victim)], log / "hospital.log")
+        with hospital as victim_url:
+            flags = ["--artifact", str(arguments.artifact), "--victim-url", victim_url, "--usage"]
+            with service("services.gateway", flags, log / "gateway.log") as url:
+                client = Client(http, url, "ordinary")
+                begun = time.perf_counter()
+                for image in tqdm(traffic, "ordinary traffic", unit="image"):
+                    client.scores(image[None])
+                answering = time.perf_counter() - begun
+                false_alarms = client.suspected()
+                for name, attack in (("square", square), ("hopskipjump", hop_skip_jump)):
+                    for index, image in enumerate(tqdm(attacked.images, name, unit="image")):
+                        one = Client(http, url, f"{name}-{index}", arguments.queries)
+                        other = attacked.images[_labelled_otherwise(attacked.labels, index)]
+                        with suppress(SpentError):
+                            model = Held(one.scores, one.scores(image[None]))
+                            succeeded[name] += attack(model, image, other, arguments)
+                        streams[name].append(one.sent)
+                        counted[name] += one.suspected() > 0
+    settings = GatewaySettings.model_fields
+    near, radius = settings["detection_near"].default, settings["detection_radius"].default
+    print(
+        f"{splits.name}, {arguments.split}: {len(traffic)} ordinary images ({len(everything)} different ones), "
+        f"{false_alarms} suspected; attacks of at most {arguments.queries} queries, Square at {arguments.epsilon:g}/255"
+    )
+    for name, sent in streams.items():
+        print(
+            f"{name}: the gateway suspected {counted[name]} of {len(sent)} runs (near {near}, radius {radius:g}); "
+            f"{median(map(len, sent)):.0f} queries (median)"
+            + (f"; {succeeded[name]} succeeded" if name == "square" else "")
+        )
+    begun = time.perf_counter()
+    first_suspected(client.sent, near, radius)
+    looking = time.perf_counter() - begun
+    lines = [["near", "radius", "ordinary images suspected", "square: runs", "after", "hopskipjump: runs", "after"]]
+    for one_radius in _RADII:
+        for one_near in _NEAR:
+            row = [str(one_near), f"{one_radius:g}", str(first_suspected(client.sent, one_near, one_radius)[1])]
+            for sent in streams.values():
+                found = [first for run in sent if (first := first_suspected(run, one_near, one_radius)[0]) is not None]
+                row += [f"{len(found)} of {len(sent)}", f"{median(found):.0f}" if found else "-"]
+            lines.append(row)
+    print(align(lines))
+    print(f"Looking at an image takes {looking / answering:.3f} of the time in which its client has the answer.")
+    return 0
+
+
+def _labelled_otherwise(labels: Tensor, index: int) -> int:
+    """The next image whose label is another one."""
+    others = [(index + step) % len(labels) for step in range(1, len(labels))]
+    return next(other for other in others if not torch.equal(labels[other], labels[index]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

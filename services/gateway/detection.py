@@ -1,0 +1,96 @@
+"""Attacks by queries, recognised while they go on: many different images of one client that are near one another.
+
+What is found is counted (`GET /queries`) and logged, once a group of images, and on demand the client is slowed down or
+refused. Its answers do not say that it was suspected: an attacker could look for the threshold by them. `refuse` cannot
+help telling.
+
+An attacker who spreads over many keys, waits for windows to end, or moves images about by more than the radius between
+queries (Feng et al. 2023, OARS) is seen late or not at all: this makes attacks dearer, and impossible it makes none.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from services.batching import Admission, Array
+from services.gateway.accounting import Account
+from services.gateway.config import GatewaySettings
+from services.gateway.fingerprints import History, fingerprints
+from services.protocol.errors import AttackSuspected
+
+logger = logging.getLogger(__name__)
+
+MAX_HISTORIES: Final = 1000
+"""Clients whose images are remembered, some 80 KB each; the one not heard of for longest is forgotten."""
+
+
+class Detector:
+    """Watches what clients send.
+
+    Args:
+        settings: the service's settings.
+        clock: seconds, from any start.
+    """
+
+    def __init__(self, settings: GatewaySettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Has seen nothing yet."""
+        self._settings = settings
+        self._clock = clock
+        self._histories: OrderedDict[str, History] = OrderedDict()
+        self._waiting = Admission(settings.max_queue)
+
+    async def watch(self, name: str, account: Account, images: Array) -> None:
+        """Looks at the images of a request before they are worked on; waits, if it is to be slowed down.
+
+        Args:
+            name: the client's, as it is logged.
+            account: the client's, on which suspected images are counted.
+            images: (N,C,H,W).
+
+        Raises:
+            AttackSuspected: an image is suspected, and such requests are refused.
+            Overloaded: an image is suspected, and too many requests are waiting already.
+        """
+        if self._settings.detection == "off":
+            return
+        history = self._history(name)
+        suspected, ends_in_s = 0, 0.0
+        for image in images:
+            met = history.meet(image, fingerprints(image[None])[0], self._clock())
+            await asyncio.sleep(0)  # a large batch shall not keep others waiting
+            if met.near < self._settings.detection_near:
+                continue
+            suspected += 1
+            ends_in_s = max(ends_in_s, met.ends_in_s)
+            if met.is_new and met.near == self._settings.detection_near:
+                logger.warning(
+                    "query attack suspected: %s sent %d different images near one another within %.0f s",
+                    *(name, met.near, self._settings.detection_window_s - met.ends_in_s),
+                )
+        account.suspected += suspected
+        if suspected:
+            await self._react(len(images), ends_in_s)
+
+    async def _react(self, images: int, ends_in_s: float) -> None:
+        if self._settings.detection == "refuse":
+            raise AttackSuspected(
+                f"this key has sent {self._settings.detection_near} or more different images that are nearly the same, "
+                "as attacks by queries do; other images are answered",
+                retry_after=ends_in_s,
+            )
+        if self._settings.detection == "slow":
+            with self._waiting.admit(images):
+                await asyncio.sleep(self._settings.detection_delay_s)
+
+    def _history(self, name: str) -> History:
+        history = self._histories.get(name)
+        if history is None:
+            history = History(self._settings.detection_radius, self._settings.detection_window_s)
+            self._histories[name] = history
+        self._histories.move_to_end(name)
+        if len(self._histories) > MAX_HISTORIES:
+            self._histories.popitem(last=False)
+        return history

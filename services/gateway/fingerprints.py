@@ -1,0 +1,118 @@
+"""Perceptual fingerprints, and how many different images near one another a client has sent: in bounded memory.
+
+An attacker who sees nothing but answers (score-based: Andriushchenko et al. 2020, Square; decision-based: Chen et al.
+2020, HopSkipJump) needs hundreds of images that differ from one another by hardly anything. To keep what was asked and
+look for neighbours is the stateful defence of Chen et al. 2020 ("Stateful Detection of Black-Box Adversarial Attacks")
+and of Blacklight (Li et al. 2022). Two things are different here. Neighbours are counted by the group they form, so
+that memory is a bounded number of groups instead of every image; and an image that was sent before, to the last bit, is
+not counted: the answer to it teaches nothing new, and honest clients repeat themselves.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from services.batching import Array
+
+GROUPS: Final = 256
+"""Groups of images that are remembered of one client; the one not met for longest gives way."""
+
+REPEATS: Final = 512
+"""Images of one client that are known again to the last bit."""
+
+SIDE: Final = 16
+"""A fingerprint is the image in grey, SIDE x SIDE pixels, each the mean of what it covers."""
+
+Fingerprints = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What came of an image.
+
+    Attributes:
+        near: different images that its group has had in the present window, this one included.
+        is_new: whether it was not sent before, to the last bit.
+        ends_in_s: seconds until the group's count begins anew.
+    """
+
+    near: int
+    is_new: bool
+    ends_in_s: float
+
+
+def fingerprints(images: Array) -> Fingerprints:
+    """The fingerprints of images.
+
+    Means over squares keep what the eye sees and lose most of what is added pixel by pixel. Brightness stays in: images
+    that differ by it alone are different questions to ordinary clients too.
+
+    Args:
+        images: (N,C,H,W); values outside [0,1] are clipped, as no image has them.
+
+    Returns:
+        (N, SIDE * SIDE) in [0,1]. The distance of two of them, as `History` takes it, is the root of the mean square of
+        their difference.
+    """
+    # A copy: images of a request may be a view of its body, which PyTorch warns of.
+    small = functional.adaptive_avg_pool2d(torch.tensor(images).clamp(0, 1), SIDE).mean(dim=1)
+    grey: Fingerprints = small.flatten(start_dim=1).numpy()
+    return grey
+
+
+class History:
+    """What one client has asked, as groups of near images. Not safe to use from several threads.
+
+    Args:
+        radius: how near to the group's first image another one is, to belong to it; as `fingerprints` measures.
+        window_s: seconds after which a group's count begins anew.
+    """
+
+    def __init__(self, radius: float, window_s: float) -> None:
+        """Remembers nothing yet."""
+        self._radius = radius
+        self._window_s = window_s
+        self._prints = np.zeros((GROUPS, SIDE * SIDE), np.uint8)
+        self._counts = np.zeros(GROUPS, np.int64)
+        self._since = np.zeros(GROUPS)
+        self._met = np.full(GROUPS, -np.inf)
+        self._repeats = np.zeros(REPEATS, np.uint64)
+        self._next_repeat = 0
+
+    def meet(self, image: Array, fingerprint: Fingerprints, now: float) -> Meeting:
+        """Remembers an image, and says whom it met.
+
+        Args:
+            image: (C,H,W).
+            fingerprint: its own.
+            now: seconds, from any start.
+        """
+        coarse = np.round(fingerprint * 255)
+        group = self._group(coarse, now)
+        digest = np.uint64(int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest()))
+        is_new = not (self._repeats == digest).any()
+        if is_new:
+            self._repeats[self._next_repeat] = digest
+            self._next_repeat = (self._next_repeat + 1) % REPEATS
+            self._counts[group] += 1
+        return Meeting(int(self._counts[group]), is_new, float(self._since[group]) + self._window_s - now)
+
+    def _group(self, coarse: Fingerprints, now: float) -> int:
+        """The group that a fingerprint in steps of 1/255 belongs to, made if there is none."""
+        known = self._met > -np.inf
+        distances = np.where(known, np.square(self._prints - coarse).mean(axis=1), np.inf)
+        group = int(distances.argmin())
+        is_new = distances[group] > (self._radius * 255) ** 2
+        if is_new:
+            group = int(self._met.argmin())
+            self._prints[group] = coarse
+        if is_new or now >= self._since[group] + self._window_s:
+            self._counts[group] = 0
+            self._since[group] = now
+        self._met[group] = now
+        return group
