@@ -190,12 +190,8 @@ def test_an_attack_by_queries_is_seen_and_refused(
     gateway, url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url, *detection)
     key = {"X-API-Key": "eve"}
     steps = [images(1)[0].numpy().clip(0, 1 - step / 255) for step in range(1, 9)]
-    statuses = [
-        httpx.post(
-            f"{url}/predict", files={"file": ("scan.png", encode_png(step), "image/png")}, headers=key
-        ).status_code
-        for step in steps
-    ]
+    files = [{"file": ("scan.png", encode_png(step), "image/png")} for step in steps]
+    statuses = [httpx.post(f"{url}/predict", files=file, headers=key).status_code for file in files]
     assert statuses == [200] * 5 + [429] * 3
     other = httpx.post(f"{url}/predict", files=files[7])
     assert other.status_code == 200, "another client has its own"
