@@ -9,21 +9,23 @@ Every flag has an environment variable: GATEWAY_ARTIFACT, GATEWAY_VICTIM_URL, ..
 import sys
 from collections.abc import Sequence
 
-from defense.artifact import load_artifact
+from fastapi import FastAPI
+
 from defense.errors import DefenseError
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
+from services.gateway.repository import Repository
 from services.runtime import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service until it is told to end."""
-    return run_service(
-        GatewaySettings,
-        lambda settings: make_gateway(load_artifact(settings.artifact), settings),
-        argv,
-        errors=(DefenseError,),
-    )
+    return run_service(GatewaySettings, _build, argv, errors=(DefenseError,))
+
+
+def _build(settings: GatewaySettings) -> FastAPI:
+    repository = Repository(settings.artifact)
+    return make_gateway(repository.load(settings.artifact_version), settings, repository=repository)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ _RETRY_AFTER: Final[dict[str, Any]] = {
 }
 _WORDS: Final = {
     400: "what was sent is malformed, does not fit the model, or asks for a mode or an n that is not offered",
+    401: "the admin token is missing, or another one",
     404: "no such model or version",
+    409: "another version is being loaded, or the version did not pass its self-test",
     413: "the body, or the image in it, is too large",
     415: "a media type or content encoding that is not spoken here",
     429: "too much work is waiting, the key's budget of victim queries does not hold the request, or the key has sent "
@@ -32,6 +34,7 @@ _WORDS: Final = {
     503: "the model behind the gateway is not available",
     504: "the model behind the gateway did not answer in time",
 }
+_OPERATORS: Final = (401, 409)  # what only an operator may be answered
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -60,7 +63,7 @@ ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
             EVIDENCE_HEADER: {"description": "the numbers of the evidence, in JSON", "schema": {"type": "string"}},
         },
     },
-    **errors(*_WORDS),
+    **errors(*(status for status in _WORDS if status not in _OPERATORS)),
 }
 """Everything that a question may be answered."""
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from defense.segmentation_smoothing import TAU
@@ -25,7 +25,12 @@ class GatewaySettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", cli_prog_name="python -m services.gateway")
 
-    artifact: Path = Field(description="directory of the sanitizer, as training.zo_fit wrote it")
+    artifact: Path = Field(
+        description="directory of the sanitizer, as training.zo_fit wrote it, or one of numbered versions: 1/, 2/, ..."
+    )
+    artifact_version: str | None = Field(
+        None, pattern=r"^[1-9][0-9]{0,8}$", description="the version to begin with; by default the newest"
+    )
     victim_url: Annotated[tuple[str, ...], NoDecode] = Field(
         min_length=1,
         description="the victim's URL, or that of a model of an Open Inference Protocol server (.../v2/models/NAME); "
@@ -93,6 +98,22 @@ class GatewaySettings(ServiceSettings):
     )
     detection_window_s: float = Field(3600.0, gt=0, description="seconds after which near images are counted anew")
     detection_delay_s: float = Field(1.0, ge=0, le=60, description="how long slow lets a request wait, in seconds")
+
+    self_test: Path | None = Field(
+        None, description="folder of images that a new version is tried on before it answers, beside built-in ones"
+    )
+    self_test_agreement: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="share of them that the model has to answer as it does without the sanitizer (masks: shadow_dice)",
+    )
+    admin_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="serve /v2/repository (list, load, roll back) to who sends it as a bearer token; best given as "
+        "the environment variable, which no list of processes shows",
+    )
 
     @field_validator("victim_url", "modes", mode="before")
     @classmethod

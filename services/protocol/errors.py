@@ -2,7 +2,9 @@
 
 ServiceError                  500
 ├── InvalidInput              400  what was sent is malformed, or does not fit the model
+├── Unauthorized              401  the secret that this path asks for is missing, or another one
 ├── NotFound                  404  no such path or model
+├── Conflict                  409  what was asked for does not go with the state that the service is in
 ├── TooLarge                  413  the body, or the image in it, is larger than allowed
 ├── UnsupportedMedia          415  a media type or content encoding that is not spoken here
 ├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
@@ -55,10 +57,26 @@ class InvalidInput(ServiceError):  # noqa: N818 - the names say what happened; t
     status = 400
 
 
+class Unauthorized(ServiceError):  # noqa: N818
+    """The secret that this path asks for is missing, or another one."""
+
+    status = 401
+
+    def headers(self) -> dict[str, str]:
+        """The answer's own headers."""
+        return {**super().headers(), "WWW-Authenticate": "Bearer"}
+
+
 class NotFound(ServiceError):  # noqa: N818
     """No such path or model."""
 
     status = 404
+
+
+class Conflict(ServiceError):  # noqa: N818
+    """What was asked for does not go with the state that the service is in."""
+
+    status = 409
 
 
 class TooLarge(ServiceError):  # noqa: N818

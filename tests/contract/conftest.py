@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
+from services.gateway.repository import Version
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
@@ -60,7 +61,9 @@ def front() -> Iterator[Front]:
                 ),
             )
             fixed = {"artifact": "unused", "victim_url": victim_url, "device": "cpu", "max_body_mb": 1}
-            return stack.enter_context(listening(make_gateway(artifact, GatewaySettings(**fixed, **settings))))
+            return stack.enter_context(
+                listening(make_gateway(Version("1", artifact), GatewaySettings(**fixed, **settings)))
+            )
 
         yield serve
 

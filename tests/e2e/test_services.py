@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,12 +71,12 @@ def victim(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     return tmp_path / "victim", model
 
 
-@pytest.fixture
-def artifact(tmp_path: Path) -> tuple[Path, Sanitizer]:
-    torch.manual_seed(1)
+def publish(folder: Path, seed: int) -> Sanitizer:
+    """Writes an artifact."""
+    torch.manual_seed(seed)
     sanitizer = Sanitizer(SanitizerConfig(input=SHAPE, denoiser="dncnn-small", autoencoder=None)).eval()
     save_artifact(
-        tmp_path / "defense",
+        folder,
         sanitizer,
         name="ours",
         labels=list(CONFIG.labels),
@@ -85,7 +86,12 @@ def artifact(tmp_path: Path) -> tuple[Path, Sanitizer]:
             method="mse", estimator=None, data="noise", data_fingerprint="0", settings={}, versions={}, validation={}
         ),
     )
-    return tmp_path / "defense", sanitizer
+    return sanitizer
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> tuple[Path, Sanitizer]:
+    return tmp_path / "defense", publish(tmp_path / "defense", 1)
 
 
 def images(count: int) -> torch.Tensor:
@@ -198,6 +204,41 @@ def test_an_attack_by_queries_is_seen_and_refused(
     keys = httpx.get(f"{url}/queries").json()["keys"]
     assert sorted(one["suspected"] for one in keys.values()) == [0, 3]
     assert "query attack suspected: sha256:" in stop(gateway)
+
+
+def test_a_version_that_is_published_answers_after_a_hangup_and_is_rolled_back(
+    start: Start, victim: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    first = publish(tmp_path / "defense" / "1", 1)
+    _, hospital_url = start("services.hospital", "--model", str(victim[0]))
+    flags = ["--artifact", str(tmp_path / "defense"), "--admin-token", "secret of the operator"]
+    gateway, url = start("services.gateway", "--victim-url", hospital_url, *flags)
+
+    def answers_of(sanitizer: Sanitizer) -> bool:
+        with torch.inference_mode():
+            expected = victim[1](sanitizer(images(4))).softmax(dim=1)
+        with HTTPVictim([url]) as client:
+            return torch.allclose(client(images(4)), expected, atol=1e-5)
+
+    def version() -> str:
+        return str(httpx.get(f"{url}/v2/models/defended").json()["versions"][0])
+
+    assert (version(), answers_of(first)) == ("1", True)
+    second = publish(tmp_path / "defense" / "2", 2)
+    assert (version(), answers_of(second)) == ("1", False)
+    gateway.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 60
+    while version() != "2":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert answers_of(second)
+    operator = {"Authorization": "Bearer secret of the operator"}
+    back = httpx.post(f"{url}/v2/repository/models/defended/rollback", headers=operator)
+    assert back.json()["version"] == "1"
+    assert answers_of(first)
+    told = stop(gateway)
+    assert "version 2 answers now" in told
+    assert "secret of the operator" not in told
 
 
 def test_a_mode_that_can_never_answer_is_refused_at_the_start(start: Start, artifact: tuple[Path, Sanitizer]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
+from services.gateway.repository import Version
 from services.protocol import oip
 from services.protocol.images import decode_image, encode_png
 
@@ -111,7 +112,7 @@ async def gateway(
     settings = GatewaySettings(
         **{"artifact": "unused", "victim_url": "http://victim", "device": "cpu", "max_delay_ms": 0, **changes}
     )
-    async with serving(make_gateway(artifact, settings, transport=upstream)) as http:
+    async with serving(make_gateway(Version("1", artifact), settings, transport=upstream)) as http:
         yield http
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
+from services.gateway.repository import Version
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
@@ -81,7 +82,7 @@ async def pair(labels: tuple[str, ...] = ("background", "lesion")) -> AsyncItera
     victim = Recorded(hospital)
     async with (
         hospital.router.lifespan_context(hospital),
-        serving(make_gateway(artifact, settings, transport=victim)) as http,
+        serving(make_gateway(Version("1", artifact), settings, transport=victim)) as http,
     ):
         yield http, victim
 

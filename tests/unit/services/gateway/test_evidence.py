@@ -22,6 +22,7 @@ from defense.segmentation_smoothing import certify_mask_counts
 from defense.smoothing import ABSTAIN, lower_bound
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
+from services.gateway.repository import Version
 from services.protocol import oip
 from services.protocol.images import encode_png
 
@@ -643,7 +644,7 @@ async def test_nobody_is_asked_for_a_client_that_has_gone() -> None:
         ),
     )
     settings = GatewaySettings(artifact="unused", victim_url="http://victim", device="cpu", **ALL)
-    app = make_gateway(artifact, settings, transport=upstream)
+    app = make_gateway(Version("1", artifact), settings, transport=upstream)
     question = tensor_request(images(1))
     events = iter([{"type": "http.request", "body": question["content"]}, {"type": "http.disconnect"}])
     answered: list[Any] = []

@@ -1,0 +1,96 @@
+"""What an operator may ask of a running gateway, by Triton's model repository extension: list, load, roll back.
+
+The paths exist only with an `--admin-token`, which requests carry as `Authorization: Bearer TOKEN`.
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from services.gateway.asking import errors
+from services.gateway.defence import Defence
+from services.gateway.versions import Versions
+from services.protocol.errors import Unauthorized, Unsupported
+
+CheckModel = Callable[[str], None]
+"""Raises `NotFound` for any name but the model's."""
+
+
+class LoadParameters(BaseModel):
+    """What is to be loaded.
+
+    Attributes:
+        version: its number; None: the newest.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str | None = None
+
+
+class LoadRequest(BaseModel):
+    """The body of a request to load, in Triton's form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: LoadParameters = LoadParameters()
+
+
+def repository_api(versions: Versions, model_name: str, token: SecretStr, check_model: CheckModel) -> APIRouter:
+    """The paths below /v2/repository.
+
+    Args:
+        versions: what they work on.
+        model_name: the model's.
+        token: what requests have to carry.
+        check_model: refuses other models' names.
+    """
+
+    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
+        expected = f"Bearer {token.get_secret_value()}"
+        if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
+            raise Unauthorized("this path is the operator's: send 'Authorization: Bearer' and the admin token")
+
+    router = APIRouter(prefix="/v2/repository", dependencies=[Depends(authorized)])
+
+    def told(number: str, state: str) -> dict[str, Any]:
+        return {"name": model_name, "version": number, "state": state}
+
+    async def changed(change: Awaitable[Defence]) -> JSONResponse:
+        now = await change
+        return JSONResponse({**told(now.number, "READY"), "artifact": now.manifest.id})
+
+    @router.post("/index", responses=errors(401))
+    async def index() -> JSONResponse:
+        """All versions that there are, and which of them answers."""
+        current = versions.current.number
+        return JSONResponse(
+            [
+                told(one, "READY" if one == current else "UNAVAILABLE")
+                for one in sorted({*versions.numbers(), current}, key=int)
+            ]
+        )
+
+    @router.post("/models/{name}/load", responses=errors(400, 401, 404, 409, 502, 503, 504))
+    async def load(name: str, asked: LoadRequest | None = None) -> JSONResponse:
+        """Loads a version, by default the newest; it answers once it has passed its self-test."""
+        check_model(name)
+        return await changed(versions.load((asked or LoadRequest()).parameters.version))
+
+    @router.post("/models/{name}/rollback", responses=errors(401, 404, 409))
+    async def roll_back(name: str) -> JSONResponse:
+        """Goes back to the version that answered before."""
+        check_model(name)
+        return await changed(versions.roll_back())
+
+    @router.post("/models/{name}/unload", responses=errors(401, 404, 501))
+    async def unload(name: str) -> JSONResponse:
+        """Refused: a gateway without its sanitizer could only forward what it must not."""
+        check_model(name)
+        raise Unsupported("a gateway always serves a version; load another one, or stop the gateway")
+
+    return router

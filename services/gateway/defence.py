@@ -1,0 +1,126 @@
+"""One version of the sanitizer at work: everything of the gateway that is made anew when the version changes."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from defense.artifact import Manifest
+from services.batching import Admission
+from services.gateway.accounting import Account
+from services.gateway.config import GatewaySettings
+from services.gateway.modes import Modes
+from services.gateway.pipeline import Pipeline
+from services.gateway.repository import Version
+from services.gateway.shadow import Shadow
+from services.gateway.voting import Voter
+from services.protocol.calls import Signature
+
+
+class Defence:
+    """A version at work. An async context manager: it works inside only.
+
+    Batches are its own, so that no two versions ever share one.
+
+    Args:
+        version: the artifact and its number.
+        settings: the service's settings.
+        own: the account of the queries that no client's image needs.
+        admission: where images in work are counted.
+        transport: in place of the network to the victim, for tests.
+
+    Attributes:
+        number: the version's.
+        manifest: the artifact's.
+        shape: (C,H,W) of the images.
+        modes: what requests may ask for.
+        pipeline: sanitizer and victim.
+        vote: the votes on images.
+        shadow: what compares raw answers.
+        signature: who answers, but for the classes' names.
+
+    Raises:
+        ServiceError: a URL or the mapping is none, the device of the settings cannot be used, or a mode could never
+            answer anything.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        settings: GatewaySettings,
+        *,
+        own: Account,
+        admission: Admission,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Opens no connection yet."""
+        artifact = version.artifact
+        self.number = version.number
+        self.manifest = artifact.manifest
+        self.shape = (self.manifest.input.channels, self.manifest.input.height, self.manifest.input.width)
+        self.modes = Modes(settings, self.manifest.sigma)
+        self.signature = _signature(self.manifest, settings.model_name, version.number)
+        self.pipeline = Pipeline(
+            artifact.sanitizer,
+            self.shape,
+            self.manifest.labels,
+            settings,
+            own=own,
+            admission=admission,
+            transport=transport,
+        )
+        self.vote = Voter(self.pipeline.ask, chunk=settings.chunk)
+        self.shadow = Shadow(self.pipeline.forward, max_images=settings.max_queue, least_dice=settings.shadow_dice)
+        self._open = AsyncExitStack()
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    async def __aenter__(self) -> Self:
+        """Starts the sanitizer's thread."""
+        await self._open.enter_async_context(self.pipeline)
+        await self._open.enter_async_context(self.shadow)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives up shadow queries in work, ends the thread, and closes all connections."""
+        await self._open.__aexit__(kind, error, trace)
+
+    @contextmanager
+    def in_use(self) -> Iterator[Self]:
+        """A request that began with this version ends with it."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    async def retire(self) -> None:
+        """Waits for the requests in work to end, and closes it; no further ones may come."""
+        await self._unused.wait()
+        await self.__aexit__(None, None, None)
+
+
+Build = Callable[[Version], Defence]
+"""Makes a defence of a version."""
+
+
+def _signature(manifest: Manifest, model_name: str, number: str) -> Signature:
+    identity = {"id": manifest.id, "name": manifest.name, "version": number}
+    origin = {"sigma": manifest.sigma, "queries_spent": manifest.queries_spent}
+    return Signature(
+        model_name=model_name,
+        model_version=number,
+        labels=(),
+        extra={"artifact": {**identity, **origin}},
+        parameters={**{f"artifact_{name}": value for name, value in identity.items()}, **origin},
+        headers={"X-Artifact-Id": manifest.id},
+    )
