@@ -108,7 +108,8 @@ def markdown_table(groups: Sequence[Group], radii: Sequence[float], reference: s
     ]
     for group in groups:
         white = group.records[0].white_box
-        cells = [group.run.method, "-" if white else f"{group.queries:,}", "white box" if white else ""]
+        spent = f"{group.run.steps:,} steps" if group.run.steps else f"{group.queries:,}"
+        cells = [group.run.method, spent, "white box" if white else ""]
         cells.append(str(len(group.records)))
         for radius in (None, *radii):
             hits = group.hits(radius)

@@ -231,7 +231,7 @@ def test_white_boxes_run_in_process_by_steps_and_are_marked(run, tmp_path):
     assert run("mse,fo-ds", "--fo-steps", "2", where=["--victim", "weights"]) == 0
     table = (tmp_path / "out" / "table.md").read_text()
     (line,) = [line for line in table.splitlines() if line.startswith("| fo-ds")]
-    assert [cell.strip() for cell in line.split("|")[2:4]] == ["-", "white box"]
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["2 steps", "white box"]
     assert "victim in process" in table
     assert (tmp_path / "out/fo-ds/2steps-0/manifest.json").exists()
 
