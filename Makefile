@@ -8,10 +8,10 @@ OUT ?= artifacts
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format compose-check clean
 
 help: ## List the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # The stamp makes every target cheap once the environment is there, and follows changes of pyproject.toml.
 $(VENV)/.installed: pyproject.toml
@@ -37,6 +37,9 @@ lint: install ## Check style and types.
 format: install ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+compose-check: ## Check docker-compose.yml for real, where a container engine is there; NO_BUILD=1 takes images as they are.
+	deploy/compose-check.sh
 
 clean: ## Remove what install and the tools made (not the artifacts).
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -24,7 +24,7 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         help="http://host:8000, or a model of an Open Inference Protocol server: http://host:8000/v2/models/NAME; "
-        "repeat it for replicas of one victim",
+        "repeat it for replicas of one victim; dns+http://... takes every address of the name as one",
     )
     victim.add_argument("--max-queries", type=cli.positive_int, default=40_000, help="hard budget (default 40000)")
     victim.add_argument(

@@ -34,7 +34,7 @@ class GatewaySettings(ServiceSettings):
     victim_url: Annotated[tuple[str, ...], NoDecode] = Field(
         min_length=1,
         description="the victim's URL, or that of a model of an Open Inference Protocol server (.../v2/models/NAME); "
-        "repeat it (or separate by commas) for replicas",
+        "repeat it (or separate by commas) for replicas; dns+http://... takes every address of the name as one",
     )
     victim_mapping: Path | None = Field(
         None, description="file that says what the URL does not: headers, labels, or how an image is sent"

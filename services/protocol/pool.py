@@ -14,6 +14,7 @@ from services.protocol.errors import (
     from_status,
 )
 from services.protocol.replicas import Replica
+from services.protocol.roster import Roster
 
 CONNECT_TIMEOUT_S = 5.0
 """How long a replica is given at most to take a connection, and to tell its health."""
@@ -51,7 +52,7 @@ class ReplicaPool:
         transport: httpx.AsyncBaseTransport | None,
     ) -> None:
         """Opens no connection yet."""
-        self._replicas = replicas
+        self._roster = Roster(replicas)
         self._patience_s = patience_s
         self._on_resend = on_resend
         # "Bearer" may be told, and so may what is too short to be a secret.
@@ -71,19 +72,19 @@ class ReplicaPool:
     async def post(self, body: bytes, headers: dict[str, str], *, count: int) -> httpx.Response:
         """Sends `count` images, again and again as far as patience goes; returns an answer with status 200."""
         return await self._exchange(
-            lambda replica: self._http.build_request("POST", replica.url, content=body, headers=headers), count
+            lambda replica: replica.request(self._http, "POST", replica.url, content=body, headers=headers), count
         )
 
     async def get(self, where: Callable[[Replica], str]) -> httpx.Response:
         """Asks for what costs no query, with the same patience; returns an answer with status 200."""
-        return await self._exchange(lambda replica: self._http.build_request("GET", where(replica)), 0)
+        return await self._exchange(lambda replica: replica.request(self._http, "GET", where(replica)), 0)
 
     async def ready(self) -> bool:
         """Whether any replica says that it is ready."""
-        told = await asyncio.gather(*(self._health(replica) for replica in self._replicas))
-        return any(
-            status == 200 or (one.lenient and status < 500) for one, status in zip(self._replicas, told, strict=True)
-        )
+        await self._roster.refresh()
+        replicas = self._roster.replicas
+        told = await asyncio.gather(*(self._health(replica) for replica in replicas))
+        return any(status == 200 or (one.lenient and status < 500) for one, status in zip(replicas, told, strict=True))
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -92,6 +93,7 @@ class ReplicaPool:
     async def _exchange(self, make: Callable[[Replica], httpx.Request], count: int) -> httpx.Response:
         paid = True  # the first transmission is accounted for by the caller
         failing_since: float | None = None
+        await self._roster.refresh()
         replica = self._best()
         while True:
             if count and not paid and self._on_resend is not None:
@@ -133,6 +135,7 @@ class ReplicaPool:
     async def _rested(self, deadline: float) -> Replica:
         """Waits for a replica to have rested, and not beyond the deadline."""
         while True:
+            await self._roster.refresh()
             replica = self._best()
             now = time.monotonic()
             if now >= min(replica.rests_until, deadline):
@@ -142,23 +145,23 @@ class ReplicaPool:
     def _best(self) -> Replica:
         """The replica to ask next."""
         now = time.monotonic()
-        return min(self._replicas, key=lambda one: one.rank(now))
+        return min(self._roster.replicas, key=lambda one: one.rank(now))
 
     async def _health(self, replica: Replica) -> int:
         """The status that the replica's health answers with; 502 where nothing answers.
 
         Where a server has the model, but no health of models, it is the server's own.
         """
-        status = await self._status(replica.health)
+        status = await self._status(replica, replica.health)
         if replica.server is None:
             return status
-        if status in _NO_SUCH_PATH and await self._status(replica.server.model) == 200:
-            status = await self._status(replica.server.health)
+        if status in _NO_SUCH_PATH and await self._status(replica, replica.server.model) == 200:
+            status = await self._status(replica, replica.server.health)
         return Unavailable.status if status == _TRITON_NOT_READY else status
 
-    async def _status(self, url: str) -> int:
+    async def _status(self, replica: Replica, url: str) -> int:
         try:
-            return (await self._http.get(url, timeout=self._quick_s)).status_code
+            return (await self._http.send(replica.request(self._http, "GET", url, timeout=self._quick_s))).status_code
         except httpx.HTTPError:
             return UpstreamUnreachable.status
 

@@ -3,7 +3,7 @@
 import random
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -12,6 +12,7 @@ from services.protocol.errors import InvalidInput, Overloaded, ServiceError
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 5.0
 
+_BY_NAME = "dns+"
 _MAX_DOUBLINGS = 16  # far beyond the last back-off; without a bound the power would overflow some day
 _MODEL = re.compile(r"(?P<model>(?P<root>.*)/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?")
 
@@ -40,6 +41,8 @@ class Replica:
         health: where to ask, free of charge, whether it is ready.
         server: what it is if its URL names a model of an Open Inference Protocol server; None: any other endpoint.
         lenient: whether nothing is known of its health, so that every answer below 500 counts as ready.
+        is_name: whether its host stands for as many replicas as it has addresses (`services.protocol.roster`).
+        host: the name that it goes by, where its URL has an address instead.
         outstanding: requests sent and not answered yet.
         failures: how often in a row it failed.
         overloaded: whether its last failure was overload, which shows that it can be reached.
@@ -50,6 +53,8 @@ class Replica:
     health: str
     server: ServerPaths | None = None
     lenient: bool = False
+    is_name: bool = False
+    host: str | None = None
     outstanding: int = 0
     failures: int = 0
     overloaded: bool = False
@@ -60,6 +65,7 @@ class Replica:
         """Reads a victim's URL: a bare host speaks at /predict, any other URL with a path is used as it is.
 
         A URL that ends in /v2/models/NAME, perhaps with /versions/V or /infer behind it, names a model of a server.
+        One that begins with dns+http:// or dns+https:// stands for all addresses of its host.
 
         Args:
             url: the URL.
@@ -69,8 +75,9 @@ class Replica:
         Raises:
             InvalidInput: it is none.
         """
+        is_name = isinstance(url, str) and url.startswith(_BY_NAME)
         try:
-            parsed = httpx.URL(url)
+            parsed = httpx.URL(url[len(_BY_NAME) :] if is_name else url)
         except (httpx.InvalidURL, TypeError) as error:
             raise InvalidInput(f"{url!r} is no URL: {error}") from error
         port_fits = parsed.port is None or 0 < parsed.port < 2**16
@@ -92,6 +99,7 @@ class Replica:
                     server=str(parsed.copy_with(path=f"{root}/v2")),
                     health=sibling(f"{root}/v2/health/ready"),
                 ),
+                is_name=is_name,
             )
         if foreign:
             own_health = "/"
@@ -102,7 +110,37 @@ class Replica:
             url=str(parsed.copy_with(path=path or "/predict")),
             health=sibling(health or own_health),
             lenient=foreign and health is None,
+            is_name=is_name,
         )
+
+    def behind(self, address: str) -> Self:
+        """One of the replicas that a name stands for: the same paths at that address, nothing known of how it fares."""
+
+        def there(url: str) -> str:
+            return str(httpx.URL(url).copy_with(host=address))
+
+        paths = self.server
+        return type(self)(
+            url=there(self.url),
+            health=there(self.health),
+            server=paths and ServerPaths(there(paths.model), there(paths.server), there(paths.health)),
+            lenient=self.lenient,
+            host=httpx.URL(self.url).netloc.decode(),
+        )
+
+    def request(self, client: httpx.AsyncClient, method: str, url: str, **content: Any) -> httpx.Request:
+        """A request to one of its URLs, under the name it goes by, which its certificate is for.
+
+        Args:
+            client: who will send it.
+            method: GET or POST.
+            url: one of its own.
+            content: as `httpx.AsyncClient.build_request` takes it.
+        """
+        if self.host is not None:
+            content["headers"] = {**content.get("headers", {}), "Host": self.host}
+            content["extensions"] = {"sni_hostname": httpx.URL(f"//{self.host}").host}
+        return client.build_request(method, url, **content)
 
     def rank(self, now: float) -> tuple[float, bool, int]:
         """Orders replicas: first those that have rested, then by load; a failing one takes one request on trial."""
