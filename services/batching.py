@@ -32,6 +32,11 @@ class Admission:
         self._max_images = max_images
         self._images = 0
 
+    @property
+    def images(self) -> int:
+        """Images in work."""
+        return self._images
+
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
         """Counts a request as long as the context lasts.

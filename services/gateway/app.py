@@ -13,6 +13,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from defense.smoothing import ABSTAIN
 from services.batching import Admission
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.administration import repository_api
@@ -21,6 +22,7 @@ from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors
 from services.gateway.config import GatewaySettings
 from services.gateway.defence import Defence
 from services.gateway.detection import Detector
+from services.gateway.metrics import CountRequests, Metrics
 from services.gateway.modes import Plan
 from services.gateway.repository import Repository, Version
 from services.gateway.verdicts import Verdict, judge
@@ -58,17 +60,25 @@ def make_gateway(
     # ordinary traffic nor does it fill the queue of that: of copies, the voter has a few chunks only in work at once.
     admission = Admission(settings.max_queue)
     admission_of_copies = Admission(settings.max_copies)
-    build = partial(Defence, settings=settings, own=accounts.own, admission=admission, transport=transport)
+    metrics = Metrics()
+    build = partial(
+        Defence, settings=settings, own=accounts.own, admission=admission, metrics=metrics, transport=transport
+    )
     versions = Versions(version, build, repository, settings, accounts.own)
+    queues = {"images": admission, "copies": admission_of_copies}
+    metrics.watch(accounts, queues, lambda: (versions.current.number, versions.current.manifest.id))
     detector = Detector(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with versions:
-            with reloading_on_hangup(versions):
-                yield
+        with metrics.serving(settings.host, settings.metrics_port):
+            async with versions:
+                with reloading_on_hangup(versions):
+                    yield
 
     app = make_app("gateway", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
+
+    app.add_middleware(CountRequests, metrics=metrics)
 
     async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
         with versions.current.in_use() as defence:
@@ -99,6 +109,8 @@ def make_gateway(
             scores = await pipeline.ask(call.images, bill) if verdict is None else verdict.shares
             if settings.shadow:
                 defence.shadow.watch(call.images, scores, bill)
+            abstained = 0.0 if verdict is None else float((verdict.labels == ABSTAIN).mean()) * len(call.images)
+            metrics.answered(plan.mode, len(call.images), len(call.images) * sum(plan.copies), abstained)
             evidence, signed = Evidence(plan, bill.spent), defence.signature
             if call.form == "image":
                 signed = replace(signed, labels=await pipeline.names(call.images, scores.shape[1]))

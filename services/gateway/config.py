@@ -115,6 +115,13 @@ class GatewaySettings(ServiceSettings):
         "the environment variable, which no list of processes shows",
     )
 
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="serve metrics for Prometheus at this port of the same host; by default nowhere",
+    )
+
     @field_validator("victim_url", "modes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

@@ -12,6 +12,7 @@ from defense.artifact import Manifest
 from services.batching import Admission
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
+from services.gateway.metrics import Metrics
 from services.gateway.modes import Modes
 from services.gateway.pipeline import Pipeline
 from services.gateway.repository import Version
@@ -30,6 +31,7 @@ class Defence:
         settings: the service's settings.
         own: the account of the queries that no client's image needs.
         admission: where images in work are counted.
+        metrics: where batches are counted and timed.
         transport: in place of the network to the victim, for tests.
 
     Attributes:
@@ -54,6 +56,7 @@ class Defence:
         *,
         own: Account,
         admission: Admission,
+        metrics: Metrics,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Opens no connection yet."""
@@ -70,6 +73,7 @@ class Defence:
             settings,
             own=own,
             admission=admission,
+            metrics=metrics,
             transport=transport,
         )
         self.vote = Voter(self.pipeline.ask, chunk=settings.chunk)

@@ -15,6 +15,7 @@ from services.batching import Admission, Array, Batcher
 from services.device import resolve_device
 from services.gateway.accounting import Account, Bill
 from services.gateway.config import GatewaySettings
+from services.gateway.metrics import Metrics
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
@@ -51,6 +52,7 @@ class Pipeline:
         settings: the service's settings.
         own: the account of the queries that no client's image needs.
         admission: where images in work are counted.
+        metrics: where batches are counted and timed.
         transport: in place of the network to the victim, for tests.
 
     Raises:
@@ -66,6 +68,7 @@ class Pipeline:
         *,
         own: Account,
         admission: Admission,
+        metrics: Metrics,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Opens no connection yet."""
@@ -73,6 +76,7 @@ class Pipeline:
         self._labels = labels
         self._own = own
         self._admission = admission
+        self._metrics = metrics
         self._request_size = settings.forward_batch
         self._victim = AsyncVictimClient(
             settings.victim_url,
@@ -85,7 +89,7 @@ class Pipeline:
             transport=transport,
         )
         self._batcher = Batcher(
-            _sanitizing(sanitizer, resolve_device(settings.device)),
+            metrics.sanitizing(_sanitizing(sanitizer, resolve_device(settings.device))),
             max_batch=settings.max_batch,
             max_delay_s=settings.max_delay_ms / 1000,
         )
@@ -132,7 +136,8 @@ class Pipeline:
         """
         with _retold():
             try:
-                scores = await self._victim.infer(images)
+                with self._metrics.upstream():
+                    scores = await self._victim.infer(images)
             except UpstreamUnreachable as error:
                 # Of several requests, others may have been sent.
                 if isinstance(error.__cause__, _NOT_SENT) and len(images) <= self._request_size:
