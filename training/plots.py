@@ -26,6 +26,7 @@ COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 MARKERS: Final = "osD^vPXh"
 _DPI: Final = 150
 _GRID: Final = 200  # radii at which a curve is drawn
+_SPREAD: Final = 0.14  # of the largest radius: how far apart the intervals at one radius are drawn, all in all
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10,
     "axes.grid": True,
@@ -57,7 +58,8 @@ def plot_certified(
             for radius in (radius for radius in radii if radius <= reach):
                 value, low, high = _percent(group, radius)
                 # Beside each other, or the intervals of many methods at one radius hide each other.
-                beside = radius + (place - (len(shown) - 1) / 2) * 0.012 * reach
+                step = min(0.012, _SPREAD / len(shown)) * reach
+                beside = radius + (place - (len(shown) - 1) / 2) * step
                 _bar(axes, beside, value, low, high, group)
         axes.set(
             xlabel="L2 radius (pixel values in [0, 1])", ylabel=f"certified {metric}, %", ylim=(0, 100), title=title
@@ -86,6 +88,7 @@ def plot_queries(
         figure, panels = plt.subplots(1, width, figsize=(4.2 * width + 2.2, 4.6), layout="constrained", squeeze=False)
         training, *certified = panels[0]
         learned = [group for group in groups if group.run.budget]
+        across = _largest_budgets([group for group in groups if group.radii is not None and not group.run.budget])
         for group in _largest_budgets(learned):
             for record in group.records:
                 spent, agreement = _history(out / record.run.place / "history.json")
@@ -100,9 +103,8 @@ def plot_queries(
                 axes.plot([group.queries for group in points], [value for value, *_ in found], **_looks(points[0]))
                 for group, (value, low, high) in zip(points, found, strict=True):
                     _bar(axes, group.queries, value, low, high, group)
-            for group in groups:
-                if group.radii is not None and not group.run.budget:
-                    axes.axhline(_percent(group, radius)[0], **_looks(group))
+            for group in across:
+                axes.axhline(_percent(group, radius)[0], **_looks(group))
             axes.set(
                 title=f"certified at radius {radius:.3g}",
                 xlabel="victim queries spent",
@@ -110,19 +112,17 @@ def plot_queries(
             )
         for axes in panels[0]:
             axes.set(ylim=(0, 100), xscale="log")  # budgets are multiples of each other
-        shown = [
-            *_largest_budgets(learned),
-            *(group for group in groups if group.radii is not None and not group.run.budget),
-        ]
-        _legend(figure, shown, budget=False)
+        _legend(figure, [*_largest_budgets(learned), *across], budget=False)
         figure.suptitle(title)
         _save(path)
 
 
 def _largest_budgets(groups: Sequence[Group]) -> list[Group]:
+    """Of each method the group with most queries; of white boxes, with most steps."""
     best: dict[str, Group] = {}
     for group in groups:
-        if group.run.method not in best or group.run.budget > best[group.run.method].run.budget:
+        other = best.get(group.run.method)
+        if other is None or (group.run.budget, group.run.steps or 0) > (other.run.budget, other.run.steps or 0):
             best[group.run.method] = group
     return list(best.values())
 
@@ -170,7 +170,7 @@ def _legend(figure: Figure, groups: Sequence[Group], *, budget: bool) -> None:
 def _name(group: Group, *, budget: bool) -> str:
     run = group.run
     if group.records[0].white_box:
-        return f"{run.method} (white box)"
+        return f"{run.method}, {run.steps:,} steps (white box)" if run.steps else f"{run.method} (white box)"
     if not run.budget:
         return f"{run.method} (no queries)"
     return f"{run.method} ({group.queries:,} queries)" if budget else run.method
