@@ -180,7 +180,8 @@ def _recompressed(image: Tensor, quality: int) -> Tensor:
 def first_suspected(sent: list[npt.NDArray[np.float32]], near: int, radius: float) -> tuple[int | None, int]:
     """After how many images a stream is suspected first (None: never), and how many of its images are."""
     history = History(radius, window_s=float("inf"))
-    flags = [history.meet(image, fingerprints(image[None])[0], 0.0).near >= near for image in sent]
+    seen = enumerate(zip(sent, fingerprints(np.stack(sent)), strict=True))
+    flags = [history.meet(image, its_print, float(place)).near >= near for place, (image, its_print) in seen]
     return (flags.index(True) + 1 if any(flags) else None), sum(flags)
 
 
