@@ -146,7 +146,9 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
     kind.status: kind
     for kind in (
         InvalidInput,
+        Unauthorized,
         NotFound,
+        Conflict,
         TooLarge,
         UnsupportedMedia,
         Overloaded,
