@@ -1,5 +1,12 @@
 from services.protocol import errors
-from services.protocol.errors import BudgetSpent, Overloaded, ServiceError, UpstreamInvalid, from_status
+from services.protocol.errors import (
+    AttackSuspected,
+    BudgetSpent,
+    Overloaded,
+    ServiceError,
+    UpstreamInvalid,
+    from_status,
+)
 
 
 def subclasses() -> list[type[ServiceError]]:
