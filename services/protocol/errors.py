@@ -18,7 +18,7 @@ ServiceError                  500
 
 Every error answer of both services is `{"error": message}` with the status of its class. The victim's client raises the
 same classes for the statuses that it receives (see `from_status`), so that a failure keeps its meaning over any number
-of hops.
+of hops; 401 alone belongs to one hop.
 """
 
 import math
@@ -146,7 +146,6 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
     kind.status: kind
     for kind in (
         InvalidInput,
-        Unauthorized,
         NotFound,
         Conflict,
         TooLarge,
@@ -161,5 +160,9 @@ _BY_STATUS: dict[int, type[ServiceError]] = {
 
 
 def from_status(status: int, message: str, *, retry_after: float | None = None) -> ServiceError:
-    """The error that an answer with this status means; one without a class of its own is `UpstreamInvalid`."""
+    """The error that an answer with this status means.
+
+    A status without a class of its own is `UpstreamInvalid`, and so is 401: a secret is a matter of one hop, and
+    whoever asked us is not to be told that theirs is wrong when the victim refuses ours.
+    """
     return _BY_STATUS.get(status, UpstreamInvalid)(message, retry_after=retry_after)
