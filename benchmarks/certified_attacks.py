@@ -17,8 +17,6 @@ the attacks are worth the name, the same at several times the radius shows.
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
@@ -29,6 +27,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.running import add_image_arguments, add_model_arguments, defended
 from defense.artifact import load_artifact
 from defense.attacks import craft
 from defense.smoothing import ABSTAIN
@@ -36,7 +35,6 @@ from services.hospital.model import load_victim
 from training import cli
 from training.datasets import load_data
 from training.measuring import chosen_images
-from training.processes import service
 from training.results import align
 
 _INSIDE: Final = 0.999  # of the radius: float32 rounds distances too
@@ -111,11 +109,9 @@ def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     cli.add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_image_arguments(parser, 50)
     add = parser.add_argument
-    add("--victim", type=Path, required=True, help="what training.victim_fit wrote")
-    add("--artifact", type=Path, required=True, help="the sanitizer")
-    add("--split", choices=("test", "validation"), default="test", help="images to attack (default test)")
-    add("--images", type=cli.positive_int, default=50, help="how many of them (default 50)")
     add("--n", type=cli.positive_int, default=1000, help="copies that certify, and that vote (default 1000)")
     add("--copies", type=cli.positive_int, default=8, help="noisy copies a step of the attack (default 8)")
     add("--steps", type=cli.positive_int, default=40, help="steps of each attack (default 40)")
@@ -132,28 +128,21 @@ def _measure(arguments: argparse.Namespace) -> int:
     smoothed = Smoothed(base, artifact.manifest.sigma, arguments.copies).eval()
     tallies = {(name, times): Tally() for name in ("pgd-l2", "ddn") for times in (1.0, arguments.times)}
     radii = []
-    votes = ["--certify-n", str(arguments.n), "--smooth-n", str(arguments.n)]
-    with TemporaryDirectory() as folder:
-        log = Path(folder)
-        hospital = service("services.hospital", ["--model", str(arguments.victim)], log / "hospital.log")
-        with hospital as victim_url:
-            flags = ["--artifact", str(arguments.artifact), "--victim-url", victim_url, "--modes", "certify,smooth"]
-            with service("services.gateway", [*flags, *votes], log / "gateway.log") as url:
-                client = triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=600)
-                for image in tqdm(chosen.images, "certified_attacks", unit="image"):
-                    certificate = ask(client, image, "certify")
-                    certified, radius = certificate.as_numpy("label")[0], float(certificate.as_numpy("radius")[0])
-                    if radius == 0:
-                        continue
-                    radii.append(radius)
-                    answer = torch.tensor(certificate.as_numpy("probabilities")).argmax(dim=1)
-                    for (name, times), tally in tallies.items():
-                        epsilon = times * radius * _INSIDE if name == "pgd-l2" else None
-                        found = craft(
-                            name, smoothed, image[None], answer, epsilon, steps=arguments.steps, seed=arguments.seed
-                        )
-                        attacked = inside(image[None], found, times * radius)[0]
-                        tally.add(certified, ask(client, attacked, "smooth").as_numpy("label")[0])
+    flags = ["--modes", "certify,smooth", "--certify-n", str(arguments.n), "--smooth-n", str(arguments.n)]
+    with defended(arguments, flags) as urls:
+        client = triton.InferenceServerClient(urls.gateway.removeprefix("http://"), network_timeout=600)
+        for image in tqdm(chosen.images, "certified_attacks", unit="image"):
+            certificate = ask(client, image, "certify")
+            certified, radius = certificate.as_numpy("label")[0], float(certificate.as_numpy("radius")[0])
+            if radius == 0:
+                continue
+            radii.append(radius)
+            answer = torch.tensor(certificate.as_numpy("probabilities")).argmax(dim=1)
+            for (name, times), tally in tallies.items():
+                epsilon = times * radius * _INSIDE if name == "pgd-l2" else None
+                found = craft(name, smoothed, image[None], answer, epsilon, steps=arguments.steps, seed=arguments.seed)
+                attacked = inside(image[None], found, times * radius)[0]
+                tally.add(certified, ask(client, attacked, "smooth").as_numpy("label")[0])
     masks = chosen.labels.ndim > 1
     print(f"{splits.name}, {arguments.split}: {len(radii)} of {len(chosen)} images certified at n = {arguments.n}")
     print(f"radius: median {np.median(radii):.3f}, largest {max(radii):.3f}")

@@ -9,24 +9,21 @@ else the machine does falls on all of them alike. "direct" is the hospital itsel
 import argparse
 import sys
 import time
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import httpx
 from tqdm import tqdm
 
+from benchmarks.running import add_model_arguments, defended
 from training import cli
-from training.processes import service
 from training.results import align
 
 
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_model_arguments(parser)
     add = parser.add_argument
-    add("--victim", type=Path, required=True, help="what training.victim_fit wrote")
-    add("--artifact", type=Path, required=True, help="the sanitizer")
     add("--rounds", type=cli.positive_int, default=20, help="requests of each kind (default 20)")
     add("--smooth-n", type=cli.positive_int, default=100, help="copies that vote (default 100)")
     add("--certify-n", type=cli.positive_int, default=1000, help="copies that certify (default 1000)")
@@ -37,22 +34,17 @@ def _measure(arguments: argparse.Namespace) -> int:
     image = (arguments.victim / "example.png").read_bytes()
     modes = ["sanitize", "smooth", "certify"]
     copies = ["--smooth-n", str(arguments.smooth_n), "--certify-n", str(arguments.certify_n)]
-    with TemporaryDirectory() as folder, httpx.Client(timeout=600) as http:
-        log = Path(folder)
-        hospital = service("services.hospital", ["--model", str(arguments.victim)], log / "hospital.log")
-        with hospital as victim_url:
-            flags = ["--artifact", str(arguments.artifact), "--victim-url", victim_url, "--modes", ",".join(modes)]
-            with service("services.gateway", [*flags, *copies], log / "gateway.log") as url:
-                asked = {"direct": f"{victim_url}/predict", **{mode: f"{url}/predict?mode={mode}" for mode in modes}}
-                seconds: dict[str, list[float]] = {name: [] for name in asked}
-                queries = {"direct": 1}
-                for _ in tqdm(range(arguments.rounds + 1), "gateway_modes", unit="round"):
-                    for name, address in asked.items():
-                        begun = time.perf_counter()
-                        answer = http.post(address, files={"file": image}).raise_for_status()
-                        seconds[name].append(time.perf_counter() - begun)
-                        if name != "direct":
-                            queries[name] = answer.json()["evidence"]["queries"]
+    with defended(arguments, ["--modes", ",".join(modes), *copies]) as urls, httpx.Client(timeout=600) as http:
+        asked = {"direct": f"{urls.victim}/predict", **{mode: f"{urls.gateway}/predict?mode={mode}" for mode in modes}}
+        seconds: dict[str, list[float]] = {name: [] for name in asked}
+        queries = {"direct": 1}
+        for _ in tqdm(range(arguments.rounds + 1), "gateway_modes", unit="round"):
+            for name, address in asked.items():
+                begun = time.perf_counter()
+                answer = http.post(address, files={"file": image}).raise_for_status()
+                seconds[name].append(time.perf_counter() - begun)
+                if name != "direct":
+                    queries[name] = answer.json()["evidence"]["queries"]
     one = median(seconds["sanitize"][1:])  # the first round warms up
     lines = [["mode", "victim queries", "latency / sanitize", "per query"]]
     for name, taken in seconds.items():

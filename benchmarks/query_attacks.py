@@ -8,24 +8,21 @@ a client key of its own. Square (Andriushchenko et al., ECCV 2020; pyautoattack'
 et al., S&P 2020; foolbox's) the decisions alone, from an image that is answered otherwise. Of a masked image the score
 is the Dice with the mask of the clean image, and it counts as lost below one half.
 
-Ordinary traffic is every image of the split from one key, in the order of the data set, some of them followed by what
-clients send too: the same again, recompressed, cropped, shifted, turned, brighter or darker.
+Ordinary traffic is every image of the split from one key, in random order, some of them followed by what clients send
+too: the same again, recompressed, cropped, shifted, turned, brighter or darker.
 
 What the gateway counted is read from `GET /queries`. The table for other thresholds replays the same images through the
 gateway's own `History`.
 """
 
 import argparse
-import hashlib
 import io
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import httpx
@@ -42,13 +39,14 @@ from torch.nn import functional
 from torchvision.transforms import functional as warp
 from tqdm import tqdm
 
+from benchmarks.running import add_image_arguments, add_model_arguments, defended
+from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import History, fingerprints
 from services.protocol import oip
 from training import cli
 from training.datasets import load_data
 from training.measuring import chosen_images
-from training.processes import service
 from training.results import align
 
 _NEAR: Final = (10, 15, 25, 50, 100)
@@ -65,6 +63,7 @@ class Client:
     """One client of the gateway, who keeps what it sent.
 
     Attributes:
+        http: what it sends with.
         url: the gateway's.
         key: its own.
         limit: images after which it stops; None: never.
@@ -91,7 +90,7 @@ class Client:
     def suspected(self) -> int:
         """How many of its images the gateway suspects."""
         keys = self.http.get(f"{self.url}/queries").json()["keys"]
-        return int(keys[f"sha256:{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"]["suspected"])
+        return int(keys[Accounts(Budget()).name(self.key)]["suspected"])
 
 
 class Held(nn.Module):
@@ -189,11 +188,9 @@ def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     cli.add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_image_arguments(parser, 20)
     add = parser.add_argument
-    add("--victim", type=Path, required=True, help="what training.victim_fit wrote")
-    add("--artifact", type=Path, required=True, help="the sanitizer")
-    add("--split", choices=("test", "validation"), default="test", help="images to use (default test)")
-    add("--images", type=cli.positive_int, default=20, help="images each attack is run on (default 20)")
     add("--queries", type=cli.positive_int, default=500, help="most queries an attacked image (default 500)")
     add("--epsilon", type=cli.positive_float, default=8.0, help="of Square, in 1/255 (default 8)")
     return cli.run(_measure, parser, None)
@@ -207,27 +204,22 @@ def _measure(arguments: argparse.Namespace) -> int:
     streams: dict[str, list[list[npt.NDArray[np.float32]]]] = {"square": [], "hopskipjump": []}
     succeeded = dict.fromkeys(streams, 0)
     counted = dict.fromkeys(streams, 0)
-    with TemporaryDirectory() as folder, httpx.Client(timeout=600) as http:
-        log = Path(folder)
-        hospital = service("services.hospital", ["--model", str(arguments.victim)], log / "hospital.log")
-        with hospital as victim_url:
-            flags = ["--artifact", str(arguments.artifact), "--victim-url", victim_url, "--usage"]
-            with service("services.gateway", flags, log / "gateway.log") as url:
-                client = Client(http, url, "ordinary")
-                begun = time.perf_counter()
-                for image in tqdm(traffic, "ordinary traffic", unit="image"):
-                    client.scores(image[None])
-                answering = time.perf_counter() - begun
-                false_alarms = client.suspected()
-                for name, attack in (("square", square), ("hopskipjump", hop_skip_jump)):
-                    for index, image in enumerate(tqdm(attacked.images, name, unit="image")):
-                        one = Client(http, url, f"{name}-{index}", arguments.queries)
-                        other = attacked.images[_labelled_otherwise(attacked.labels, index)]
-                        with suppress(SpentError):
-                            model = Held(one.scores, one.scores(image[None]))
-                            succeeded[name] += attack(model, image, other, arguments)
-                        streams[name].append(one.sent)
-                        counted[name] += one.suspected() > 0
+    with defended(arguments, ["--usage"]) as urls, httpx.Client(timeout=600) as http:
+        client = Client(http, urls.gateway, "ordinary")
+        begun = time.perf_counter()
+        for image in tqdm(traffic, "ordinary traffic", unit="image"):
+            client.scores(image[None])
+        answering = time.perf_counter() - begun
+        false_alarms = client.suspected()
+        for name, attack in (("square", square), ("hopskipjump", hop_skip_jump)):
+            for index, image in enumerate(tqdm(attacked.images, name, unit="image")):
+                one = Client(http, urls.gateway, f"{name}-{index}", arguments.queries)
+                other = attacked.images[_labelled_otherwise(attacked.labels, index)]
+                with suppress(SpentError):
+                    model = Held(one.scores, one.scores(image[None]))
+                    succeeded[name] += attack(model, image, other, arguments)
+                streams[name].append(one.sent)
+                counted[name] += one.suspected() > 0
     settings = GatewaySettings.model_fields
     near, radius = settings["detection_near"].default, settings["detection_radius"].default
     print(
