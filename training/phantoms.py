@@ -210,27 +210,27 @@ def _draw_polyps(draws: _Draws, noise: Tensor, textures: tuple[Tensor, Tensor], 
     x, y = _axes(size)
 
     # Mucosa: base colour, folds that cross the frame in arcs.
-    red, green, blue = draws.uniform(0.6, 0.85), draws.uniform(0.28, 0.45), draws.uniform(0.2, 0.36)
+    red, green, blue = draws.uniform(0.45, 0.7), draws.uniform(0.22, 0.4), draws.uniform(0.15, 0.32)
     across = torch.hypot(x - draws.uniform(-2, 2), y - draws.uniform(-2, 2))
     folds = torch.sin(draws.uniform(5, 14) * across + 0.8 * broad + draws.uniform(0, 2 * np.pi))
     shade = 1 + draws.uniform(0.05, 0.18) * folds + 0.03 * fine + 0.08 * broad
 
     # Polyp: outline, bulge towards the light, own tint.
     u, v = x - draws.uniform(-0.5, 0.5), y - draws.uniform(-0.5, 0.5)
-    radius = draws.uniform(0.15, 0.5)
+    radius = draws.uniform(0.15, 0.6)
     distance = _blob(draws, u, v, radius, draws.uniform(0.75, 1.3), 0.25)
     mask = (distance < 0).float()
     soft = _inside(distance, 0.02)
     light = draws.uniform(0, 2 * np.pi)
     slope = (u * torch.cos(light) + v * torch.sin(light)) / radius
-    bulge = 1 + draws.uniform(0.1, 0.3) * slope.clamp(-1.5, 1.5) + draws.uniform(0, 0.15)
+    bulge = 1 + draws.uniform(0.1, 0.3) * slope.clamp(-1.5, 1.5) + draws.uniform(0, 0.7)
     rim = torch.exp(-((distance / 0.04) ** 2))
     shade = torch.lerp(shade, (shade * 0.4 + 0.6) * bulge, soft) - draws.uniform(0.05, 0.25) * rim
-    tint = [draws.uniform(0.92, 1.12), draws.uniform(0.8, 1.25), draws.uniform(0.8, 1.25)]
+    tint = [draws.uniform(0.92, 1.2), draws.uniform(0.8, 1.4), draws.uniform(0.8, 1.4)]
 
     # The endoscope: a lamp, dark corners, highlights, noise.
     lamp = torch.exp(
-        -((x - draws.uniform(-0.4, 0.4)) ** 2 + (y - draws.uniform(-0.4, 0.4)) ** 2) * draws.uniform(0.1, 0.5)
+        -((x - draws.uniform(-0.4, 0.4)) ** 2 + (y - draws.uniform(-0.4, 0.4)) ** 2) * draws.uniform(0.2, 1.2)
     )
     corners = _inside(
         torch.maximum(x.abs() + y.abs() - draws.uniform(1.45, 1.9), torch.maximum(x.abs(), y.abs()) - 0.98)
