@@ -40,6 +40,9 @@ class ServiceSettings(BaseSettings):
         2.0, ge=0, le=1000, description="how long a batch waits for more images, in milliseconds"
     )
     max_queue: int = Field(16384, ge=1, description="images waiting or in work beyond which requests are answered 429")
+    deadline_s: float = Field(
+        300.0, gt=0, description="most seconds for a request, from its headers to its answer, before it is answered 504"
+    )
     max_body_mb: int = Field(256, ge=1, description="largest request body in MiB, also when inflated")
     docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json and its page at /docs")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what to log to stderr")

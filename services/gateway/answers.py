@@ -25,8 +25,9 @@ from services.gateway.config import Mode
 from services.gateway.modes import Plan
 from services.gateway.verdicts import Verdict
 from services.protocol import oip
-from services.protocol.calls import Call, Signature, mask_answer, tensor_answer
+from services.protocol.calls import Call
 from services.protocol.masks import encode_mask, nearest
+from services.protocol.replies import Signature, mask_answer, tensor_answer
 
 EVIDENCE_HEADER: Final = "X-Evidence"
 

@@ -27,10 +27,11 @@ from services.gateway.modes import Plan
 from services.gateway.repository import Repository, Version
 from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
-from services.protocol import oip
-from services.protocol.calls import REQUEST, Call, answer, read_call
+from services.protocol import deadlines, oip
+from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
+from services.protocol.replies import answer
 
 VERSION = "1"
 """Of the server's interface; versions of the model are the artifact's."""
@@ -81,6 +82,7 @@ def make_gateway(
     app.add_middleware(CountRequests, metrics=metrics)
 
     async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
+        deadlines.begin(request, settings.deadline_s)
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(asked.mode, asked.n)
             call = await read_call(
@@ -90,9 +92,9 @@ def make_gateway(
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
             )
-            return await decide(request, asked, defence, plan, call)
+            return await deadlines.attended(request, decide(asked, defence, plan, call))
 
-    async def decide(request: Request, asked: Asked, defence: Defence, plan: Plan, call: Call) -> Response:
+    async def decide(asked: Asked, defence: Defence, plan: Plan, call: Call) -> Response:
         pipeline = defence.pipeline
         queries = plan.queries(len(call.images))
         cost = queries + (len(call.images) if settings.shadow else 0)
@@ -104,7 +106,7 @@ def make_gateway(
         with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
             if plan.copies:
-                votes = await defence.vote(call.images, plan, bill, request.is_disconnected)
+                votes = await defence.vote(call.images, plan, bill)
                 verdict = await anyio.to_thread.run_sync(judge, plan, votes)
             scores = await pipeline.ask(call.images, bill) if verdict is None else verdict.shares
             if settings.shadow:

@@ -7,7 +7,7 @@ from fastapi import Depends, Header, Query
 
 from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
-from services.protocol import calls
+from services.protocol.replies import RESPONSES
 
 _ERROR: Final[dict[str, Any]] = {
     "content": {
@@ -49,9 +49,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
-        **calls.RESPONSES[200],
+        **RESPONSES[200],
         "description": (
-            f"{calls.RESPONSES[200]['description']} The JSON to an image has `evidence` (the mode, the victim queries "
+            f"{RESPONSES[200]['description']} The JSON to an image has `evidence` (the mode, the victim queries "
             "spent and, with `smooth` and `certify`, sigma, n, alpha, the votes and the radius) and `artifact` too; "
             "the same are parameters of a tensor answer. Under `smooth` and `certify` `probabilities` are shares of "
             "votes, `label` is null where the gateway abstains, and a mask is grey there and comes with `abstention`, "

@@ -18,7 +18,7 @@ from services.gateway.pipeline import Pipeline
 from services.gateway.repository import Version
 from services.gateway.shadow import Shadow
 from services.gateway.voting import Voter
-from services.protocol.calls import Signature
+from services.protocol.replies import Signature
 
 
 class Defence:

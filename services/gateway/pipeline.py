@@ -19,6 +19,7 @@ from services.gateway.metrics import Metrics
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
+    CircuitOpen,
     Overloaded,
     ServiceError,
     Unavailable,
@@ -35,6 +36,7 @@ Forward = Callable[[Array, Callable[[int], None]], Awaitable[Array]]
 _TOLD: dict[type[ServiceError], str] = {
     Overloaded: "the model behind the gateway is overloaded; come back later",
     Unavailable: "the model behind the gateway is not available; come back later",
+    CircuitOpen: "the model behind the gateway failed again and again, and was not asked; come back later",
     UpstreamUnreachable: "the model behind the gateway cannot be reached",
     UpstreamTimeout: "the model behind the gateway did not answer in time",
     UpstreamInvalid: "the model behind the gateway gave no valid answer",
@@ -138,9 +140,10 @@ class Pipeline:
             try:
                 with self._metrics.upstream():
                     scores = await self._victim.infer(images)
-            except UpstreamUnreachable as error:
+            except (UpstreamUnreachable, CircuitOpen) as error:
+                not_sent = isinstance(error, CircuitOpen) or isinstance(error.__cause__, _NOT_SENT)
                 # Of several requests, others may have been sent.
-                if isinstance(error.__cause__, _NOT_SENT) and len(images) <= self._request_size:
+                if not_sent and len(images) <= self._request_size:
                     refund(len(images))
                 raise
         if self._labels and scores.shape[1] != len(self._labels):

@@ -19,7 +19,7 @@ from defense.smoothing import count_votes
 from services.batching import Array
 from services.gateway.accounting import Bill
 from services.gateway.modes import Plan
-from services.protocol.errors import InvalidInput, UpstreamInvalid
+from services.protocol.errors import UpstreamInvalid
 
 CHUNKS_AT_ONCE = 4
 """How many chunks of noisy copies are in work at once, over all requests."""
@@ -42,22 +42,18 @@ class Voter:
         self._chunk = chunk
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE)
 
-    async def __call__(
-        self, images: Array, plan: Plan, bill: Bill, gone: Callable[[], Awaitable[bool]]
-    ) -> tuple[Tensor, ...]:
+    async def __call__(self, images: Array, plan: Plan, bill: Bill) -> tuple[Tensor, ...]:
         """The votes on each image.
 
         Args:
             images: (N,C,H,W).
             plan: how many copies of each vote, and their noise.
             bill: what pays for them.
-            gone: whether nobody waits for the answer any more; asked before each chunk.
 
         Returns:
             for every number in `plan.copies`, (N,K) or (N,K,H,W) int64 counts of that many copies.
 
         Raises:
-            InvalidInput: the client is gone.
             ServiceError: the victim failed, or its answers cannot be counted.
         """
         noise = np.random.default_rng(secrets.randbits(128))
@@ -66,8 +62,6 @@ class Voter:
         boxes = np.repeat(np.arange(len(images) * kinds), np.tile(plan.copies, len(images)))
         counts: Tensor | None = None
         for start in range(0, len(boxes), self._chunk):
-            if await gone():
-                raise InvalidInput("the connection ended before the answer was there")
             part = boxes[start : start + self._chunk]
             async with self._turns:
                 copies = await anyio.to_thread.run_sync(_noisy, images, part // kinds, plan.sigma, noise)

@@ -14,8 +14,10 @@ from services.batching import Admission, Batcher
 from services.device import resolve_device
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
-from services.protocol.calls import REQUEST, RESPONSES, Signature, answer, read_call
+from services.protocol import deadlines
+from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.http import make_app
+from services.protocol.replies import RESPONSES, Signature, answer
 
 
 def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSettings) -> FastAPI:
@@ -53,7 +55,11 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
     @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
     async def predict(request: Request) -> Response:
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
+        deadlines.begin(request, settings.deadline_s)
         call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
+        return await deadlines.attended(request, decide(call))
+
+    async def decide(call: Call) -> Response:
         with admission.admit(len(call.images)):
             return await answer(call, await batcher(call.images), signature)
 

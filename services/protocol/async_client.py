@@ -39,7 +39,8 @@ class AsyncVictimClient:
             `Retry-After` prolongs the rest up to the end of patience, when the last attempt is made.
             After other failures than overload, images are sent again only where the replica's health, which costs
             nothing, does not speak against it. 0: nothing is waited for, but unless it timed out, a request moves on
-            once to another replica that is not resting.
+            once to another replica that is not resting; and where every replica failed several times in a row, requests
+            fail at once (503) while they rest, but for one on trial at a time.
         on_resend: called with the number of images before they are transmitted once more after an earlier
             transmission failed. What it raises ends the request and reaches the caller.
         wire: "tensor": Open Inference Protocol, float32 there and back. "image": each image is uploaded by itself, as

@@ -1,6 +1,5 @@
-"""From an HTTP request to the images in it, and from scores to the answer in the form in which the question came."""
+"""From an HTTP request to the images in it."""
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,22 +9,21 @@ import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from services.protocol import oip
-from services.protocol.errors import InvalidInput, UnsupportedMedia
+from services.protocol.deadlines import in_time, narrow
+from services.protocol.errors import ClientGone, InvalidInput, UnsupportedMedia
 from services.protocol.images import decode_sized
 from services.protocol.limits import inflate
-from services.protocol.masks import class_map, encode_mask
 
 _FORM_TYPE = "multipart/form-data"
 _FIELD = "file"
 # None: tritonclient's synchronous client sends no type at all. The last one: what `curl -d` says unasked.
 _TENSOR_TYPES = (None, oip.JSON_TYPE, oip.BINARY_TYPE, "application/x-www-form-urlencoded")
 _LEVELS = {"UINT8": 255, "UINT16": 65535}
-_MASK_TYPE = "image/png"
+MASK_TYPE = "image/png"
 _DICOM_TYPE = "application/dicom"
 _FRAME = "frame"
 _FRAME_SCHEMA = {"type": "integer", "minimum": 1}
@@ -61,19 +59,6 @@ REQUEST: Final[dict[str, Any]] = {
 }
 """What `read_call` takes, for the OpenAPI document."""
 
-RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {
-        "description": (
-            "To an image: JSON, with `label`, `labels` and `probabilities` from a classifier, or `labels`, "
-            "`lesion_fraction` and `mask` (base64 PNG, as large as the image) from a segmenter; with "
-            "`Accept: image/png`, a segmenter's mask itself. To tensors: scores (N,K), or (N,K,H,W) from a segmenter, "
-            "by the Open Inference Protocol, in JSON or binary."
-        ),
-        "content": {oip.JSON_TYPE: {}, oip.BINARY_TYPE: {}, _MASK_TYPE: {}},
-    }
-}
-"""What `answer` says, for the OpenAPI document."""
-
 
 @dataclass(frozen=True)
 class Call:
@@ -96,27 +81,6 @@ class Call:
     wants_png: bool = False
 
 
-@dataclass(frozen=True)
-class Signature:
-    """Who answers.
-
-    Attributes:
-        model_name: the name in tensor answers.
-        model_version: the version in tensor answers.
-        labels: names of the K classes.
-        extra: added to answers to images.
-        parameters: added to tensor answers.
-        headers: added to all answers.
-    """
-
-    model_name: str
-    model_version: str
-    labels: Sequence[str]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
 async def read_call(
     request: Request,
     shape: tuple[int, int, int],
@@ -128,7 +92,8 @@ async def read_call(
     """Reads a call: a form's file, an image file as the body, or an Open Inference Protocol request.
 
     The form has the image in the field `file`. As the body, an image has any image/* type, or application/dicom; what
-    it is, its content tells. The frame of a DICOM file is chosen by `frame`, a form's field or a query parameter.
+    it is, its content tells. The frame of a DICOM file is chosen by `frame`, a form's field or a query parameter. The
+    deadline that `services.protocol.deadlines` keeps holds for the body too, and tensors may bring it forward.
 
     Args:
         request: the HTTP request, its body not yet read.
@@ -154,67 +119,33 @@ async def read_call(
         data, more = await _uploaded(request)
         return await anyio.to_thread.run_sync(_image_call, data, shape, wants_png, _frame([*frames, *more]))
     try:
-        body = await request.body()
+        async with in_time():
+            body = await request.body()
     except ClientDisconnect as error:
-        raise InvalidInput("the connection ended before the body did") from error
+        raise ClientGone("the connection ended before the body did") from error
     if is_image:
         return await anyio.to_thread.run_sync(
             lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png, _frame(frames))
         )
     json_length = oip.header_length(request.headers.get(oip.HEADER))
-    return await anyio.to_thread.run_sync(
+    call, timeout_s = await anyio.to_thread.run_sync(
         lambda: _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
     )
-
-
-async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
-    """The answer to a call, in the call's own form.
-
-    Args:
-        call: what was asked.
-        scores: (N,K), or (N,K,H,W) from a segmenter; finite. An image is answered with a mask of its own size then.
-        signature: who answers.
-    """
-    if call.form == "tensor":
-        return tensor_answer(call, {oip.OUTPUT: scores}, signature)
-    if scores.ndim == 4:
-        return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
-    told = {
-        "label": signature.labels[int(scores[0].argmax())],
-        "labels": list(signature.labels),
-        "probabilities": scores[0].tolist(),
-    }
-    return JSONResponse({**told, **signature.extra}, headers=dict(signature.headers))
-
-
-def tensor_answer(call: Call, tensors: Mapping[str, npt.NDArray[Any]], signature: Signature) -> Response:
-    """The answer to a call that came as a tensor.
-
-    Args:
-        call: what was asked.
-        tensors: all outputs by name; those that the call does not ask for are left out.
-        signature: who answers.
-    """
-    body, own = oip.encode_response(
-        [(oip.Tensor(name, tensors[name]), binary) for name, binary in call.outputs.items()],
-        model_name=signature.model_name,
-        model_version=signature.model_version,
-        request_id=call.id,
-        parameters=dict(signature.parameters),
-    )
-    return Response(body, headers={**signature.headers, **own})
+    if timeout_s is not None:
+        narrow(timeout_s)
+    return call
 
 
 async def _uploaded(request: Request) -> tuple[bytes, Sequence[object]]:
     """The content of the form's file, and the form's fields that name a frame."""
     try:
-        async with request.form(max_files=1, max_fields=8) as form:
+        async with in_time(), request.form(max_files=1, max_fields=8) as form:
             file = form.get(_FIELD)
             if not isinstance(file, UploadFile):
                 raise InvalidInput(f"the form needs a file in the field {_FIELD!r}")
             return await file.read(), form.getlist(_FRAME)
     except ClientDisconnect as error:
-        raise InvalidInput("the connection ended before the body did") from error
+        raise ClientGone("the connection ended before the body did") from error
 
 
 def _frame(given: Sequence[object]) -> int | None:
@@ -224,33 +155,6 @@ def _frame(given: Sequence[object]) -> int | None:
     if len(given) > 1 or not isinstance(given[0], str) or not re.fullmatch("[1-9][0-9]{0,8}", given[0], re.ASCII):
         raise InvalidInput(f"{_FRAME!r} is one whole number, from 1")
     return int(given[0])
-
-
-def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
-    """The answer to an image with the scores (K,h,w) of its pixels."""
-    assert call.size is not None  # it came as an image
-    classes = class_map(scores, call.size)
-    return mask_answer(call, encode_mask(classes, len(scores)), np.count_nonzero(classes) / classes.size, signature)
-
-
-def mask_answer(call: Call, png: bytes, lesion_fraction: float, signature: Signature) -> Response:
-    """The answer to an image with its mask: in JSON, or the PNG itself where the client likes that better.
-
-    Args:
-        call: what was asked.
-        png: the mask, as large as the image.
-        lesion_fraction: share of the mask's pixels whose class is not 0.
-        signature: who answers.
-    """
-    headers = dict(signature.headers)
-    if call.wants_png:
-        return Response(png, headers=headers, media_type=_MASK_TYPE)
-    told = {
-        "labels": list(signature.labels),
-        "lesion_fraction": lesion_fraction,
-        "mask": base64.b64encode(png).decode(),
-    }
-    return JSONResponse({**told, **signature.extra}, headers=headers)
 
 
 def _prefers_png(accept: str) -> bool:
@@ -265,7 +169,7 @@ def _prefers_png(accept: str) -> bool:
         ranges = (media, f"{media.partition('/')[0]}/*", "*/*")  # the most specific one counts
         return next((weights[one] for one in ranges if one in weights), 0.0)
 
-    return weight_of(_MASK_TYPE) > weight_of(oip.JSON_TYPE)
+    return weight_of(MASK_TYPE) > weight_of(oip.JSON_TYPE)
 
 
 def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool, frame: int | None) -> Call:
@@ -274,7 +178,10 @@ def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool, frame
     return Call(image[None], "image", size=size, wants_png=wants_png)
 
 
-def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, int], outputs: Sequence[str]) -> Call:
+def _tensor_call(
+    body: bytes, json_length: int | None, shape: tuple[int, int, int], outputs: Sequence[str]
+) -> tuple[Call, float | None]:
+    """The call, and how long its client waits for the answer (None: it does not say)."""
     request = oip.decode_request(body, json_length, raw=oip.RawInput(oip.INPUT, (1, *shape)))
     wanted = request.wanted(outputs)
     if len(request.inputs) != 1:
@@ -283,7 +190,7 @@ def _tensor_call(body: bytes, json_length: int | None, shape: tuple[int, int, in
     expected = f"[N, {', '.join(map(str, shape))}] with N at least 1"
     if tensor.array.ndim != 4 or tensor.array.shape[1:] != shape or not len(tensor.array):
         raise InvalidInput(f"{tensor.name!r}: expected shape {expected}, got {list(tensor.array.shape)}")
-    return Call(_as_images(tensor), "tensor", wanted, request.id)
+    return Call(_as_images(tensor), "tensor", wanted, request.id), request.timeout_s
 
 
 def _as_images(tensor: oip.Tensor) -> npt.NDArray[np.float32]:

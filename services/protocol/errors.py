@@ -10,11 +10,14 @@ ServiceError                  500
 ├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
 ├── BudgetSpent               429  the client may cause no more victim queries, or not before `retry_after` seconds
 ├── AttackSuspected           429  the client has sent many near-identical images; come back after `retry_after` seconds
+├── ClientGone                499  the client hung up; nobody receives this
 ├── Unsupported               501  a part of the protocol that is not implemented
 ├── UpstreamUnreachable       502  the victim cannot be reached, or broke the connection
 ├── UpstreamInvalid           502  the victim answered something that is no answer
 ├── Unavailable               503  not ready; come back after `retry_after` seconds
-└── UpstreamTimeout           504  the victim did not answer in time
+├── CircuitOpen               503  the victim failed too often to be asked now; come back after `retry_after` seconds
+├── UpstreamTimeout           504  the victim did not answer in time
+└── DeadlineExceeded          504  the time that the client or the service gives a request is over
 
 Every error answer of both services is `{"error": message}` with the status of its class. The victim's client raises the
 same classes for the statuses that it receives (see `from_status`), so that a failure keeps its meaning over any number
@@ -109,6 +112,12 @@ class AttackSuspected(ServiceError):  # noqa: N818
     status = 429
 
 
+class ClientGone(ServiceError):  # noqa: N818
+    """The client hung up before its request or the answer was whole; the status is nginx's, for logs alone."""
+
+    status = 499
+
+
 class Unsupported(ServiceError):  # noqa: N818
     """A part of the protocol that is not implemented."""
 
@@ -133,8 +142,20 @@ class Unavailable(ServiceError):  # noqa: N818
     status = 503
 
 
+class CircuitOpen(ServiceError):  # noqa: N818
+    """The victim failed so often in a row that it was not asked."""
+
+    status = 503
+
+
 class UpstreamTimeout(ServiceError):  # noqa: N818
     """The victim did not answer in time."""
+
+    status = 504
+
+
+class DeadlineExceeded(ServiceError):  # noqa: N818
+    """The time that the client or the service gives a request is over."""
 
     status = 504
 

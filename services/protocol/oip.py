@@ -29,6 +29,8 @@ OUTPUT = "probabilities"
 JSON_TYPE = "application/json"
 BINARY_TYPE = "application/octet-stream"
 
+_TIMEOUT = "timeout"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,12 +41,14 @@ class Request:
         id: to be echoed in the answer.
         outputs: for each output asked for by name, whether it shall be binary; empty: all outputs.
         binary_default: whether outputs that say nothing themselves shall be binary.
+        timeout_s: seconds that the client waits for the answer; None: it does not say.
     """
 
     inputs: tuple[Tensor, ...]
     id: str | None = None
     outputs: dict[str, bool] = field(default_factory=dict)
     binary_default: bool = False
+    timeout_s: float | None = None
 
     def wanted(self, offered: Sequence[str]) -> dict[str, bool]:
         """The outputs to answer with, in the order of the offer, each with whether it shall be binary.
@@ -155,7 +159,7 @@ def decode_request(body: bytes, json_length: int | None, *, raw: RawInput | None
         if "classification" in options:
             raise Unsupported("classification outputs are not supported")
         outputs[name] = flag(options, "binary_data", default)
-    return Request(decode_tensors(message, "inputs", rest), identity, outputs, default)
+    return Request(decode_tensors(message, "inputs", rest), identity, outputs, default, _timeout_s(parameters))
 
 
 def decode_response(body: bytes, json_length: int | None, *, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
@@ -172,6 +176,14 @@ def decode_response(body: bytes, json_length: int | None, *, only: str | None = 
     """
     message, rest = _split(body, json_length)
     return {tensor.name: tensor.array for tensor in decode_tensors(message, "outputs", rest, only)}
+
+
+def _timeout_s(parameters: dict[str, Any]) -> float | None:
+    """Triton's parameter, microseconds of which 0 is no bound, in seconds."""
+    timeout = parameters.get(_TIMEOUT, 0)
+    if not isinstance(timeout, int) or isinstance(timeout, bool) or not 0 <= timeout < 2**63:
+        raise InvalidInput(f"parameter {_TIMEOUT!r} must be a whole number of microseconds")
+    return timeout / 1e6 or None
 
 
 def _message(head: dict[str, Any], parts: Sequence[bytes | memoryview]) -> tuple[bytes, dict[str, str]]:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import httpx
 
+from services.protocol import deadlines
 from services.protocol.errors import (
     TRANSIENT,
+    CircuitOpen,
     Unavailable,
     UpstreamTimeout,
     UpstreamUnreachable,
     from_status,
 )
-from services.protocol.replicas import Replica
+from services.protocol.replicas import BACKOFF_FIRST_S, Replica
 from services.protocol.roster import Roster
 
 CONNECT_TIMEOUT_S = 5.0
@@ -95,6 +97,7 @@ class ReplicaPool:
         failing_since: float | None = None
         await self._roster.refresh()
         replica = self._best()
+        self._check_breaker(replica)
         while True:
             if count and not paid and self._on_resend is not None:
                 self._on_resend(count)
@@ -112,6 +115,19 @@ class ReplicaPool:
                 if recovered is None:
                     raise
                 replica = recovered
+
+    def _check_breaker(self, best: Replica) -> None:
+        """Fails at once where even the best replica's breaker is tripped; patience is for waiting, and waits.
+
+        Raises:
+            CircuitOpen: it is.
+        """
+        now = time.monotonic()
+        if not self._patience_s and best.tripped(now):
+            raise CircuitOpen(
+                f"the victim at {best.url} failed {best.failures} times in a row, and is given a rest",
+                retry_after=max(best.rests_until - now, BACKOFF_FIRST_S),
+            )
 
     async def _recovered(self, failing_since: float, *, at_once: bool) -> Replica | None:
         """The replica to send to after a failure; None: patience has ended.
@@ -167,6 +183,7 @@ class ReplicaPool:
 
     async def _attempt(self, replica: Replica, request: httpx.Request) -> httpx.Response:
         """Sends one request once; everything but an answer with status 200 is raised."""
+        request.headers.update(deadlines.travelling())
         replica.outstanding += 1
         try:
             response = await self._http.send(request)

@@ -1,5 +1,6 @@
 """The replicas of one victim: where each of them is, and how it fares."""
 
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from services.protocol.errors import InvalidInput, Overloaded, ServiceError
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 5.0
+
+BREAKER_FAILURES = 3
+"""Failures in a row, each after the rest that the one before brought, that trip a replica's circuit breaker."""
 
 _BY_NAME = "dns+"
 _MAX_DOUBLINGS = 16  # far beyond the last back-off; without a bound the power would overflow some day
@@ -47,6 +51,7 @@ class Replica:
         failures: how often in a row it failed.
         overloaded: whether its last failure was overload, which shows that it can be reached.
         rests_until: when it may be asked again, in seconds of the monotonic clock.
+        failed_at: when its last failure was known, likewise.
     """
 
     url: str
@@ -59,6 +64,7 @@ class Replica:
     failures: int = 0
     overloaded: bool = False
     rests_until: float = 0.0
+    failed_at: float = -math.inf
 
     @classmethod
     def at(cls, url: str, *, foreign: bool = False, health: str | None = None) -> Self:
@@ -146,6 +152,14 @@ class Replica:
         """Orders replicas: first those that have rested, then by load; a failing one takes one request on trial."""
         return max(self.rests_until - now, 0.0), self.failures > 0 and self.outstanding > 0, self.outstanding
 
+    def tripped(self, now: float) -> bool:
+        """Whether it failed so often in a row that nobody is to wait for it, but for one request on trial at a time.
+
+        Overload is no such failure: it says itself when to come back, and answers some meanwhile.
+        """
+        often = self.failures >= BREAKER_FAILURES and not self.overloaded
+        return often and (now < self.rests_until or self.outstanding > 0)
+
     def failed(self, now: float, *, started: float, error: ServiceError | None) -> None:
         """Rests: exponentially longer with every failure in a row, with jitter, and as long as the error asks for.
 
@@ -156,7 +170,8 @@ class Replica:
         """
         backoff = min(BACKOFF_FIRST_S * 2.0 ** min(self.failures, _MAX_DOUBLINGS), BACKOFF_LAST_S)
         pause = max(backoff * random.uniform(0.5, 1.0), (error and error.retry_after) or 0.0)
-        self.failures += started >= self.rests_until
+        self.failures += started > self.failed_at
+        self.failed_at = now
         self.overloaded = isinstance(error, Overloaded)
         self.rests_until = max(self.rests_until, now + pause)
 

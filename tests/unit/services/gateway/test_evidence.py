@@ -428,10 +428,14 @@ async def test_what_could_not_be_sent_costs_nothing() -> None:
     async with gateway(upstream, SIGMOID, **ALL, budget=1000, usage=True) as http:
         for query in ("", "mode=smooth", "mode=certify"):
             assert_error(await http.post(f"/predict?{query}", **tensor_request(images(2))), 502)
+        refused = await http.post("/predict", **tensor_request(images(2)))
+        assert_error(refused, 503, "was not asked")
+        assert int(refused.headers["Retry-After"]) >= 1
         told = (await http.get("/queries")).json()["keys"]["anonymous"]
         assert set(told["queries"].values()) == {0}
         assert told["budget"]["left"] == 1000
-        upstream.fails = lambda _: httpx.Response(504)
+    upstream.fails = lambda _: httpx.Response(504)
+    async with gateway(upstream, SIGMOID, usage=True) as http:
         assert_error(await http.post("/predict", **tensor_request(images(2))), 504)
         assert (await http.get("/queries")).json()["keys"]["anonymous"]["queries"]["sanitize"] == 2
 
@@ -667,7 +671,7 @@ async def test_nobody_is_asked_for_a_client_that_has_gone() -> None:
     }
     async with serving(app):
         await app(scope, receive, send)
-    assert answered[0]["status"] == 400
+    assert answered[0]["status"] == 499
     assert upstream.requests == 0
 
 

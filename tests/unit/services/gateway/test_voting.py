@@ -8,7 +8,7 @@ import torch
 from services.gateway.accounting import Account, Bill, Budget
 from services.gateway.modes import Plan
 from services.gateway.voting import CHUNKS_AT_ONCE, Voter
-from services.protocol.errors import InvalidInput, UpstreamInvalid, UpstreamTimeout
+from services.protocol.errors import UpstreamInvalid, UpstreamTimeout
 
 pytestmark = pytest.mark.anyio
 
@@ -49,15 +49,11 @@ class Pixels(Victim):
         return np.concatenate([1 - bright, bright], axis=1)
 
 
-async def stays() -> bool:
-    return False
-
-
 async def vote(
     victim: Victim, plan: Plan, images: np.ndarray = IMAGES, *, chunk: int = 1000
 ) -> tuple[torch.Tensor, ...]:
     with Account(Budget()).bill(plan.mode, plan.queries(len(images))) as bill:
-        counts = await Voter(victim, chunk=chunk)(images, plan, bill, stays)
+        counts = await Voter(victim, chunk=chunk)(images, plan, bill)
     assert bill.reserved == 0
     assert bill.spent == plan.queries(len(images))
     return counts
@@ -142,22 +138,10 @@ async def test_a_victim_that_fails_midway_leaves_no_counts_and_ends_the_asking()
     victim = Fails()
     account = Account(Budget(200))
     with pytest.raises(UpstreamTimeout), account.bill("smooth", 150) as bill:
-        await Voter(victim, chunk=10)(IMAGES, plan(50), bill, stays)
+        await Voter(victim, chunk=10)(IMAGES, plan(50), bill)
     assert len(victim.asked) == 3
     assert account.queries == {"smooth": 30}
     assert account.left == 170
-
-
-async def test_nobody_is_asked_once_the_client_is_gone() -> None:
-    victim = Victim()
-    account = Account(Budget())
-
-    async def goes() -> bool:
-        return len(victim.asked) == 2
-
-    with pytest.raises(InvalidInput, match="connection ended"), account.bill("smooth", 150) as bill:
-        await Voter(victim, chunk=10)(IMAGES, plan(50), bill, goes)
-    assert account.queries == {"smooth": 20}
 
 
 async def test_a_single_score_is_no_vote() -> None:
@@ -196,7 +180,7 @@ async def test_requests_take_turns_and_only_so_many_chunks_are_in_work() -> None
     async def ask(value: float, n: int) -> None:
         image = np.full((1, 1, 8, 6), value, np.float32)
         with Account(Budget()).bill("smooth", n) as bill:
-            await voter(image, plan(n, sigma=0.01), bill, stays)
+            await voter(image, plan(n, sigma=0.01), bill)
 
     long = [asyncio.create_task(ask(0, 200)) for _ in range(2 * CHUNKS_AT_ONCE)]
     await asyncio.sleep(0.02)

@@ -13,6 +13,7 @@ import torch
 from services.protocol import oip, pool, replicas
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.errors import (
+    CircuitOpen,
     InvalidInput,
     NotFound,
     Overloaded,
@@ -312,7 +313,7 @@ async def test_patience_lasts_as_long_as_any_request_succeeds(clock: Clock) -> N
         is_first = request.method == "POST" and received(request)[0, 0, 0, 0] == 0
         return httpx.Response(503) if is_first and clock.now < 1060 else good(request)
 
-    async with client(handler, patience_s=10) as victim:
+    async with client(handler, patience_s=20) as victim:
         unlucky = asyncio.create_task(victim.infer(images(1)))
         while not unlucky.done():
             await victim.infer(images(2)[1:])
@@ -446,6 +447,39 @@ async def test_without_patience_a_time_out_is_not_waited_for_twice(failure: str,
             await victim.infer(images(1))
         await victim.infer(images(1))
     assert hosts.sent == ["down", "up"]
+
+
+@pytest.mark.anyio
+async def test_without_patience_a_victim_that_goes_on_failing_is_spared_but_for_trials(clock: Clock) -> None:
+    begun = clock.now
+
+    def down_for_a_while(request: httpx.Request) -> httpx.Response:
+        return good(request) if clock.now > begun + 30 else httpx.Response(502)
+
+    hosts = Hosts(one=down_for_a_while, other=lambda _: httpx.Response(503))
+    told: list[ServiceError | None] = []
+    async with hosts.client() as victim:
+        for _ in range(80):
+            try:
+                await victim.infer(images(1))
+                told.append(None)
+            except ServiceError as error:
+                told.append(error)
+            clock.now += 0.5
+    spared = [error for error in told if isinstance(error, CircuitOpen)]
+    assert all(error.retry_after is not None and 0 < error.retry_after <= replicas.BACKOFF_LAST_S for error in spared)
+    assert len(spared) > 30, "half a minute of failures is mostly silence"
+    assert hosts.sent.count("one") < 20 + told.count(None)
+    assert not any(told[-10:]), "a success on trial closes it again"
+
+
+@pytest.mark.anyio
+async def test_overload_trips_no_breaker(clock: Clock) -> None:
+    async with Hosts(busy=lambda _: httpx.Response(429)).client() as victim:
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                await victim.infer(images(1))
+            clock.now += 0.5
 
 
 @pytest.mark.anyio

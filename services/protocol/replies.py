@@ -1,0 +1,114 @@
+"""From scores to the answer, in the form in which the question came."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import anyio.to_thread
+import numpy as np
+import numpy.typing as npt
+from fastapi.responses import JSONResponse, Response
+
+from services.protocol import oip
+from services.protocol.calls import MASK_TYPE, Call
+from services.protocol.masks import class_map, encode_mask
+
+RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": (
+            "To an image: JSON, with `label`, `labels` and `probabilities` from a classifier, or `labels`, "
+            "`lesion_fraction` and `mask` (base64 PNG, as large as the image) from a segmenter; with "
+            "`Accept: image/png`, a segmenter's mask itself. To tensors: scores (N,K), or (N,K,H,W) from a segmenter, "
+            "by the Open Inference Protocol, in JSON or binary."
+        ),
+        "content": {oip.JSON_TYPE: {}, oip.BINARY_TYPE: {}, MASK_TYPE: {}},
+    }
+}
+"""What `answer` says, for the OpenAPI document."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Who answers.
+
+    Attributes:
+        model_name: the name in tensor answers.
+        model_version: the version in tensor answers.
+        labels: names of the K classes.
+        extra: added to answers to images.
+        parameters: added to tensor answers.
+        headers: added to all answers.
+    """
+
+    model_name: str
+    model_version: str
+    labels: Sequence[str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+    """The answer to a call, in the call's own form.
+
+    Args:
+        call: what was asked.
+        scores: (N,K), or (N,K,H,W) from a segmenter; finite. An image is answered with a mask of its own size then.
+        signature: who answers.
+    """
+    if call.form == "tensor":
+        return tensor_answer(call, {oip.OUTPUT: scores}, signature)
+    if scores.ndim == 4:
+        return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
+    told = {
+        "label": signature.labels[int(scores[0].argmax())],
+        "labels": list(signature.labels),
+        "probabilities": scores[0].tolist(),
+    }
+    return JSONResponse({**told, **signature.extra}, headers=dict(signature.headers))
+
+
+def tensor_answer(call: Call, tensors: Mapping[str, npt.NDArray[Any]], signature: Signature) -> Response:
+    """The answer to a call that came as a tensor.
+
+    Args:
+        call: what was asked.
+        tensors: all outputs by name; those that the call does not ask for are left out.
+        signature: who answers.
+    """
+    body, own = oip.encode_response(
+        [(oip.Tensor(name, tensors[name]), binary) for name, binary in call.outputs.items()],
+        model_name=signature.model_name,
+        model_version=signature.model_version,
+        request_id=call.id,
+        parameters=dict(signature.parameters),
+    )
+    return Response(body, headers={**signature.headers, **own})
+
+
+def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+    """The answer to an image with the scores (K,h,w) of its pixels."""
+    assert call.size is not None  # it came as an image
+    classes = class_map(scores, call.size)
+    return mask_answer(call, encode_mask(classes, len(scores)), np.count_nonzero(classes) / classes.size, signature)
+
+
+def mask_answer(call: Call, png: bytes, lesion_fraction: float, signature: Signature) -> Response:
+    """The answer to an image with its mask: in JSON, or the PNG itself where the client likes that better.
+
+    Args:
+        call: what was asked.
+        png: the mask, as large as the image.
+        lesion_fraction: share of the mask's pixels whose class is not 0.
+        signature: who answers.
+    """
+    headers = dict(signature.headers)
+    if call.wants_png:
+        return Response(png, headers=headers, media_type=MASK_TYPE)
+    told = {
+        "labels": list(signature.labels),
+        "lesion_fraction": lesion_fraction,
+        "mask": base64.b64encode(png).decode(),
+    }
+    return JSONResponse({**told, **signature.extra}, headers=headers)
