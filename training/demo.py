@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-queries", type=cli.positive_int, help="for each defence; default: 15000 for phantoms, else 100000"
     )
     parser.add_argument(
-        "--limit", type=cli.positive_int, help="test images attacked; default: 150 for phantoms, else 300"
+        "--limit", type=cli.positive_int, help="test images attacked; default: 150 for phantoms (masks: 50), else 300"
     )
     return parser
 
@@ -76,6 +76,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     max_queries = arguments.max_queries or (15_000 if is_phantom else 100_000)
     pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
     epochs = arguments.epochs or (16 if masks else None)  # the U-Net's own default takes longer than all the rest
+    limit = arguments.limit or (300 if not is_phantom else 50 if masks else 150)
     _claim(out, {"data": data, "epochs": epochs, "pretrain_steps": pretrain_steps})
     with ExitStack() as stack:
         victim = _victim(epochs, data, out, log)
@@ -98,7 +99,7 @@ def _demo(arguments: argparse.Namespace) -> int:
                 *("--victim-url", hospital),
                 *gateways,
                 *data,
-                *("--limit", str(arguments.limit or (150 if is_phantom else 300))),
+                *("--limit", str(limit)),
                 *("--results", str(results)),
             ],
             log,
