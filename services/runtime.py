@@ -1,19 +1,22 @@
 """What both services do around their applications: settings from flags and environment, and serving."""
 
-import logging
+import ipaddress
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Literal, Self, TypeVar
 
 import torch
 import uvicorn
 from fastapi import FastAPI
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from services.keys import Access, Keys, Rate
 from services.protocol.errors import ServiceError
+from services.protocol.logs import LogFormat, set_up
 
 _GRACE_S = 30
 _Settings = TypeVar("_Settings", bound="ServiceSettings")
@@ -26,6 +29,7 @@ class ServiceSettings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        env_ignore_empty=True,
         extra="forbid",
         frozen=True,
         protected_namespaces=(),
@@ -46,11 +50,60 @@ class ServiceSettings(BaseSettings):
     max_body_mb: int = Field(256, ge=1, description="largest request body in MiB, also when inflated")
     docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json and its page at /docs")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what to log to stderr")
+    log_format: LogFormat = Field("text", description="how lines of the log look: text, or a JSON object each")
+    keys: Path | None = Field(
+        None, description="file of API keys (see python -m services.keys): nobody is answered without one of them"
+    )
+    rate: float | None = Field(
+        None, gt=0, description="images a second that each client may send; by default any number"
+    )
+    burst: int | None = Field(None, ge=1, description="images that it may send at once; by default a second's")
+    open_to_anyone: bool = Field(
+        False, description="listen beyond this machine without keys: something else keeps strangers out"
+    )
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM): serve HTTPS")
+    tls_key: Path | None = Field(
+        None, description="the certificate's private key (PEM), where it is not in the same file"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_unsafe(self) -> Self:
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ValueError("--tls-key needs --tls-cert, the certificate that it belongs to")
+        if self.burst is not None and self.rate is None:
+            raise ValueError("--burst needs --rate, which it is an exception from")
+        if not (_is_loopback(self.host) or self.keys or self.open_to_anyone):
+            raise ValueError(
+                f"--host {self.host} lets everybody ask who reaches this machine: give --keys FILE, or say "
+                "--open-to-anyone if something else keeps strangers out"
+            )
+        return self
 
     @property
     def max_body_bytes(self) -> int:
         """The bound on the request body in bytes."""
         return self.max_body_mb * 2**20
+
+
+def access_of(settings: ServiceSettings, name_of: Callable[[str | None], str]) -> Access:
+    """Who may ask a service with these settings, and how fast.
+
+    Args:
+        settings: the service's.
+        name_of: the client that a key belongs to, where there is no file of keys and it is a name alone.
+
+    Raises:
+        InvalidInput: the file of keys cannot be used.
+    """
+    keys = None if settings.keys is None else Keys.load(settings.keys)
+    return Access(keys, Rate.of(settings.rate, settings.burst), name_of)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_settings(kind: type[_Settings], argv: Sequence[str] | None) -> _Settings:
@@ -68,17 +121,16 @@ def read_settings(kind: type[_Settings], argv: Sequence[str] | None) -> _Setting
     except ValidationError as error:
         prefix = kind.model_config.get("env_prefix", "")
         for one in error.errors():
-            name = str(one["loc"][0])
-            flag = f"--{name.replace('_', '-')} (or {prefix}{name.upper()})"
-            print(f"{kind.model_config.get('cli_prog_name')}: error: {flag}: {one['msg']}", file=sys.stderr)
+            name = str(one["loc"][0]) if one["loc"] else ""  # none: it is about several of them together
+            flag = f"--{name.replace('_', '-')} (or {prefix}{name.upper()}): " if name else ""
+            told = one["msg"].removeprefix("Value error, ")
+            print(f"{kind.model_config.get('cli_prog_name')}: error: {flag}{told}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def prepare(settings: ServiceSettings) -> None:
     """Sets up what is global to the process: logging and threads."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "httpcore"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_up(settings.log_level, settings.log_format)
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
@@ -95,10 +147,18 @@ def serve(app: FastAPI, name: str, settings: ServiceSettings) -> None:
     family = socket.AF_INET6 if is_v6 else socket.AF_INET
     with socket.create_server((settings.host, settings.port), family=family, backlog=1024) as listener:
         host = f"[{settings.host}]" if is_v6 else settings.host
-        print(f"{name} listening on http://{host}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE_S
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
         )
+        config.load()  # a certificate that cannot be used is told before anything is announced
+        scheme = "https" if config.is_ssl else "http"
+        print(f"{name} listening on {scheme}://{host}:{listener.getsockname()[1]}", flush=True)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
 

@@ -1,11 +1,12 @@
 """Who caused how many victim queries, and who may cause more.
 
 A query is one image handed to the victim, whatever comes back; only where no connection came about, nothing was asked.
-Clients are told apart by the header X-API-Key, and those without one are a client too. So far a key is a name that
-anybody may use or invent: budgets hold back clients that are honest about theirs, or whose header a proxy sets.
+Clients are those of the file of keys (`services.keys`). Without one, a key is a name that anybody may use or invent,
+and those without any are a client too: budgets hold back clients that are honest then, or whose header a proxy sets.
+Such keys are remembered as the first 16 hexadecimal digits of their SHA-256, and only so many of them: later ones share
+one account, budget included.
 
-Everything is counted in memory, from the start of the process. Keys are remembered as the first 16 hexadecimal digits
-of their SHA-256, and only so many of them: later ones share one account, budget included.
+Everything is counted in memory, from the start of the process.
 """
 
 import hashlib
@@ -197,16 +198,15 @@ class Accounts:
         self._clock = clock
         self._by_name: dict[str, Account] = {}
 
-    def of(self, key: str | None) -> Account:
+    def of(self, name: str) -> Account:
         """The account of a client, opened if need be."""
-        name = self.name(key)
         if name not in self._by_name:
             self._by_name[name] = Account(self._budget, self._clock)
         return self._by_name[name]
 
-    def quote(self, key: str | None) -> dict[str, Any] | None:
+    def quote(self, name: str) -> dict[str, Any] | None:
         """What `Account.quote` says of a client, for whom no account is opened."""
-        return (self._by_name.get(self.name(key)) or Account(self._budget, self._clock)).quote()
+        return (self._by_name.get(name) or Account(self._budget, self._clock)).quote()
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that is counted, in JSON. Counters only rise, but for queries that were not sent after all."""
@@ -229,7 +229,7 @@ class Accounts:
         }
 
     def name(self, key: str | None) -> str:
-        """The name that a client's account has, or would have if it were opened now."""
+        """The client that a key belongs to where keys are names: its account's name, or what that would be now."""
         if not key:
             return ANONYMOUS
         name = f"sha256:{hashlib.sha256(key.encode()).hexdigest()[:16]}"

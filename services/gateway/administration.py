@@ -1,13 +1,14 @@
 """What an operator may ask of a running gateway, by Triton's model repository extension: list, load, roll back.
 
-The paths exist only with an `--admin-token`, which requests carry as `Authorization: Bearer TOKEN`.
+The paths exist only with an `--admin-token`, which requests carry as `Authorization: Bearer TOKEN`. So do those to
+`GET /queries` then.
 """
 
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends, Header, params
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, SecretStr
 
@@ -40,6 +41,18 @@ class LoadRequest(BaseModel):
     parameters: LoadParameters = LoadParameters()
 
 
+def operators_only(token: SecretStr) -> params.Depends:
+    """What a path depends on that is for who carries the admin token alone."""
+
+    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
+        expected = f"Bearer {token.get_secret_value()}"
+        if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
+            raise Unauthorized("this path is the operator's: send 'Authorization: Bearer' and the admin token")
+
+    dependency: params.Depends = Depends(authorized)
+    return dependency
+
+
 def repository_api(versions: Versions, model_name: str, token: SecretStr, check_model: CheckModel) -> APIRouter:
     """The paths below /v2/repository.
 
@@ -49,13 +62,7 @@ def repository_api(versions: Versions, model_name: str, token: SecretStr, check_
         token: what requests have to carry.
         check_model: refuses other models' names.
     """
-
-    def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
-        expected = f"Bearer {token.get_secret_value()}"
-        if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
-            raise Unauthorized("this path is the operator's: send 'Authorization: Bearer' and the admin token")
-
-    router = APIRouter(prefix="/v2/repository", dependencies=[Depends(authorized)])
+    router = APIRouter(prefix="/v2/repository", dependencies=[operators_only(token)])
 
     def told(number: str, state: str) -> dict[str, Any]:
         return {"name": model_name, "version": number, "state": state}

@@ -16,22 +16,24 @@ from fastapi.responses import JSONResponse, Response
 from defense.smoothing import ABSTAIN
 from services.batching import Admission
 from services.gateway.accounting import Accounts, Budget
-from services.gateway.administration import repository_api
+from services.gateway.administration import operators_only, repository_api
 from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
 from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors
 from services.gateway.config import GatewaySettings
 from services.gateway.defence import Defence
 from services.gateway.detection import Detector
-from services.gateway.metrics import CountRequests, Metrics
+from services.gateway.metrics import Metrics
 from services.gateway.modes import Plan
 from services.gateway.repository import Repository, Version
 from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
+from services.keys import Client, KeySent
 from services.protocol import deadlines, oip
 from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
 from services.protocol.replies import answer
+from services.runtime import access_of
 
 VERSION = "1"
 """Of the server's interface; versions of the model are the artifact's."""
@@ -69,6 +71,7 @@ def make_gateway(
     queues = {"images": admission, "copies": admission_of_copies}
     metrics.watch(accounts, queues, lambda: (versions.current.number, versions.current.manifest.id))
     detector = Detector(settings)
+    access = access_of(settings, accounts.name)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -77,11 +80,16 @@ def make_gateway(
                 with reloading_on_hangup(versions):
                     yield
 
-    app = make_app("gateway", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
-
-    app.add_middleware(CountRequests, metrics=metrics)
+    app = make_app(
+        "gateway",
+        max_body_bytes=settings.max_body_bytes,
+        docs=settings.docs,
+        lifespan=lifespan,
+        observe=metrics.request,
+    )
 
     async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
+        client = access.client(asked.key)
         deadlines.begin(request, settings.deadline_s)
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(asked.mode, asked.n)
@@ -92,16 +100,17 @@ def make_gateway(
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
             )
-            return await deadlines.attended(request, decide(asked, defence, plan, call))
+            return await deadlines.attended(request, decide(asked, client, defence, plan, call))
 
-    async def decide(asked: Asked, defence: Defence, plan: Plan, call: Call) -> Response:
+    async def decide(asked: Asked, client: Client, defence: Defence, plan: Plan, call: Call) -> Response:
         pipeline = defence.pipeline
         queries = plan.queries(len(call.images))
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
-            return answer_quote(call, Evidence(plan, cost), accounts.quote(asked.key), defence.signature)
-        account = accounts.of(asked.key)
-        await detector.watch(accounts.name(asked.key), account, call.images)
+            return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defence.signature)
+        access.take(client, len(call.images))
+        account = accounts.of(client.name)
+        await detector.watch(client.name, account, call.images)
         queue = admission_of_copies if plan.copies else admission
         with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
@@ -161,10 +170,11 @@ def make_gateway(
         await check_ready()
         return JSONResponse({"ready": True})
 
-    @app.get("/v2/models/{name}", responses=errors(400, 404, 429, 502, 503, 504))
-    @app.get("/v2/models/{name}/versions/{version}", responses=errors(400, 404, 429, 502, 503, 504))
-    async def model(name: str, version: str | None = None, mode: ModeAsked = None) -> JSONResponse:
+    @app.get("/v2/models/{name}", responses=errors(400, 401, 404, 429, 502, 503, 504))
+    @app.get("/v2/models/{name}/versions/{version}", responses=errors(400, 401, 404, 429, 502, 503, 504))
+    async def model(key: KeySent, name: str, version: str | None = None, mode: ModeAsked = None) -> JSONResponse:
         """What the model takes and answers, in the mode that is asked for or in the first one."""
+        access.client(key)
         check_model(name, version)
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(mode, None)
@@ -193,7 +203,7 @@ def make_gateway(
 
     if settings.usage:
 
-        @app.get("/queries")
+        @app.get("/queries", dependencies=[operators_only(settings.admin_token)] if settings.admin_token else [])
         async def queries() -> JSONResponse:
             """The victim queries of every key, by mode, and what the shadow saw; for the operator."""
             return JSONResponse(accounts.snapshot())

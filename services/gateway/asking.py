@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Header, Query
+from fastapi import Depends, Query
 
 from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
+from services.keys import KeySent
 from services.protocol.replies import RESPONSES
 
 _ERROR: Final[dict[str, Any]] = {
@@ -21,7 +22,7 @@ _RETRY_AFTER: Final[dict[str, Any]] = {
 }
 _WORDS: Final = {
     400: "what was sent is malformed, does not fit the model, or asks for a mode or an n that is not offered",
-    401: "the admin token is missing, or another one",
+    401: "the API key, or the admin token where that is asked for, is missing or another one",
     404: "no such model or version",
     409: "another version is being loaded, or the version did not pass its self-test",
     413: "the body, or the image in it, is too large",
@@ -34,7 +35,7 @@ _WORDS: Final = {
     503: "the model behind the gateway is not available",
     504: "the model behind the gateway did not answer in time",
 }
-_OPERATORS: Final = (401, 409)  # what only an operator may be answered
+_OPERATORS: Final = (409,)  # what only an operator may be answered
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -82,7 +83,7 @@ class Asked:
         mode: one of the modes that are offered; None: the first of them.
         n: how many noisy copies; None: as many as are configured.
         dry_run: whether only to say what the answer would cost.
-        key: who asks.
+        key: what tells who asks; None: nothing does.
     """
 
     mode: Mode | None
@@ -99,10 +100,11 @@ def asked(
     dry_run: Annotated[
         bool, Query(description="say what the answer would cost in victim queries, and spend none")
     ] = False,
-    x_api_key: Annotated[str | None, Header(description="whose budget pays; a name, and no authentication")] = None,
+    *,
+    key: KeySent,
 ) -> Asked:
     """Reads it from the query and the headers."""
-    return Asked(mode, n, dry_run, x_api_key)
+    return Asked(mode, n, dry_run, key)
 
 
 Asking = Annotated[Asked, Depends(asked)]

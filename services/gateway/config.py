@@ -78,7 +78,9 @@ class GatewaySettings(ServiceSettings):
         None, gt=0, description="seconds after which a budget is full again; by default it never is"
     )
     usage: bool = Field(
-        False, description="serve GET /queries, what every key has spent; for the operator, not for clients"
+        False,
+        description="serve GET /queries, what every client has spent, for the operator: to who sends the admin token, "
+        "where there is one",
     )
     shadow: bool = Field(
         False, description="ask the victim about the raw images too, and count how often its answer differs"

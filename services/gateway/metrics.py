@@ -3,11 +3,10 @@
 Names begin with `zo_gateway_`. Counters by client key have the same names of keys as `GET /queries`.
 """
 
-import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,11 +20,6 @@ PREFIX: Final = "zo_gateway"
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _IMAGES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_UNKNOWN: Final = "unknown"  # the route of a path that there is not: paths are the clients' words
-
-_Scope = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Metrics:
@@ -141,36 +135,3 @@ class _Elsewhere(Collector):
             refused.add_metric((key,), one.get("refused", 0))
             suspected.add_metric((key,), one.get("suspected", 0))
         yield from (queries, refused, suspected, shadow)
-
-
-class CountRequests:
-    """Middleware: counts and times requests by route and status.
-
-    Args:
-        app: what it is around.
-        metrics: where they are counted.
-    """
-
-    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]], metrics: Metrics) -> None:
-        """Counts nothing yet."""
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Passes a request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500
-        begun = time.perf_counter()
-
-        async def noting(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-        finally:
-            route = getattr(scope.get("route"), "path", _UNKNOWN)
-            self._metrics.request(route, status, time.perf_counter() - begun)

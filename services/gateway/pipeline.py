@@ -16,6 +16,7 @@ from services.device import resolve_device
 from services.gateway.accounting import Account, Bill
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
+from services.gateway.readiness import Readiness
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
@@ -57,6 +58,9 @@ class Pipeline:
         metrics: where batches are counted and timed.
         transport: in place of the network to the victim, for tests.
 
+    Attributes:
+        ready: whether the victim says that it is ready.
+
     Raises:
         ServiceError: a URL or the mapping is none, or the device of the settings cannot be used.
     """
@@ -95,6 +99,7 @@ class Pipeline:
             max_batch=settings.max_batch,
             max_delay_s=settings.max_delay_ms / 1000,
         )
+        self.ready = Readiness(self._victim.ready)
         self._learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
         self._learned_shape: tuple[int, ...] = ()  # of the scores for one image: (K), or (K,H,W)
         self._learning = asyncio.Lock()
@@ -190,10 +195,6 @@ class Pipeline:
                 with self._admission.admit(1), self._own.bill("shape", 1) as bill:
                     await self.ask(np.full((1, *self._shape), 0.5, np.float32), bill)
             return self._learned_shape
-
-    async def ready(self) -> bool:
-        """Whether the victim says that it is ready."""
-        return await self._victim.ready()
 
 
 @contextmanager

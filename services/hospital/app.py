@@ -14,10 +14,12 @@ from services.batching import Admission, Batcher
 from services.device import resolve_device
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
+from services.keys import KeySent
 from services.protocol import deadlines
 from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.http import make_app
 from services.protocol.replies import RESPONSES, Signature, answer
+from services.runtime import access_of
 
 
 def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSettings) -> FastAPI:
@@ -29,7 +31,7 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
         settings: the service's settings.
 
     Raises:
-        ServiceError: the device of the settings cannot be used.
+        ServiceError: the device of the settings cannot be used, or the file of keys cannot.
     """
     device = resolve_device(settings.device)
     model.to(device)
@@ -44,6 +46,7 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
 
     batcher = Batcher(run, max_batch=settings.max_batch, max_delay_s=settings.max_delay_ms / 1000)
     admission = Admission(settings.max_queue)
+    access = access_of(settings, lambda _key: "anyone")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -53,10 +56,12 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
     app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
     @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
-    async def predict(request: Request) -> Response:
+    async def predict(request: Request, key: KeySent) -> Response:
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
+        client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
         call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
+        access.take(client, len(call.images))
         return await deadlines.attended(request, decide(call))
 
     async def decide(call: Call) -> Response:

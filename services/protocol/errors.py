@@ -9,6 +9,7 @@ ServiceError                  500
 ├── UnsupportedMedia          415  a media type or content encoding that is not spoken here
 ├── Overloaded                429  too much work is waiting; come back after `retry_after` seconds
 ├── BudgetSpent               429  the client may cause no more victim queries, or not before `retry_after` seconds
+├── RateLimited               429  the client sends faster than it may; come back after `retry_after` seconds
 ├── AttackSuspected           429  the client has sent many near-identical images; come back after `retry_after` seconds
 ├── ClientGone                499  the client hung up; nobody receives this
 ├── Unsupported               501  a part of the protocol that is not implemented
@@ -102,6 +103,12 @@ class Overloaded(ServiceError):  # noqa: N818
 
 class BudgetSpent(ServiceError):  # noqa: N818
     """The client may cause no more victim queries, or not so many at once, or not yet."""
+
+    status = 429
+
+
+class RateLimited(ServiceError):  # noqa: N818
+    """The client sends more images a second than it may."""
 
     status = 429
 

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from services.protocol.errors import InvalidInput, ServiceError
 from services.protocol.limits import BodyLimit
+from services.protocol.logs import HEADER, Observe, RequestLog, observe_nothing, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def make_app(
     max_body_bytes: int,
     docs: bool,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    observe: Observe = observe_nothing,
 ) -> FastAPI:
     """An application without routes, whose every error answer is `{"error": message}`.
 
@@ -29,10 +31,12 @@ def make_app(
         max_body_bytes: bound on the request body, compressed or not.
         docs: whether to serve the OpenAPI document and its pages.
         lifespan: runs around the serving.
+        observe: told of every request that was answered.
     """
     paths = {"openapi_url": "/openapi.json", "docs_url": "/docs"} if docs else {"openapi_url": None, "docs_url": None}
     app = FastAPI(title=title, lifespan=lifespan, redirect_slashes=False, redoc_url=None, **paths)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(RequestLog, observe=observe)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -65,4 +69,5 @@ async def _validation_error(_request: Request, error: Exception) -> JSONResponse
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     """Says nothing about the inside; the traceback goes to the log, by the server, to which the framework re-raises."""
     logger.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
-    return JSONResponse({"error": "internal error"}, 500)
+    identity = request_id()  # which the middleware cannot add: this is answered outside of it
+    return JSONResponse({"error": "internal error"}, 500, {HEADER: identity} if identity else None)

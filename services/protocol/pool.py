@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import httpx
 
-from services.protocol import deadlines
+from services.protocol import deadlines, logs
 from services.protocol.errors import (
     TRANSIENT,
     CircuitOpen,
@@ -183,7 +183,7 @@ class ReplicaPool:
 
     async def _attempt(self, replica: Replica, request: httpx.Request) -> httpx.Response:
         """Sends one request once; everything but an answer with status 200 is raised."""
-        request.headers.update(deadlines.travelling())
+        request.headers.update({**deadlines.travelling(), **logs.travelling()})
         replica.outstanding += 1
         try:
             response = await self._http.send(request)

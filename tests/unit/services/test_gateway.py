@@ -29,6 +29,7 @@ from gateway_fakes import (
 from service_fakes import assert_error, scores_of, tensor_request
 from torch import Tensor
 
+from services.gateway import readiness
 from services.gateway.config import GatewaySettings
 from services.protocol import oip
 from services.protocol.errors import InvalidInput
@@ -401,7 +402,8 @@ async def test_the_model_name_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize("what", ["health", "models/defended", "models/defended/versions/1"])
-async def test_ready_only_while_the_victim_is(what: str) -> None:
+async def test_ready_only_while_the_victim_is(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "FRESH_S", 0.0)
     path = f"/v2/{what}/ready"
     upstream = Upstream()
     async with gateway(upstream) as http:

@@ -58,6 +58,11 @@ def test_every_setting_is_explained_in_the_help(
         (hospital, ["--model", "nowhere", "--port", "many"], "--port (or HOSPITAL_PORT)"),
         (gateway, ["--artifact", "nowhere"], "--victim-url (or GATEWAY_VICTIM_URL)"),
         (gateway, ["--artifact", "nowhere", "--victim-url", ","], "--victim-url (or GATEWAY_VICTIM_URL)"),
+        (hospital, ["--model", "nowhere", "--host", "0.0.0.0"], "--open-to-anyone"),
+        (hospital, ["--model", "nowhere", "--host", "::"], "--keys FILE"),
+        (gateway, ["--artifact", "nowhere", "--victim-url", "http://h", "--host", "example.org"], "--open-to-anyone"),
+        (hospital, ["--model", "nowhere", "--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
+        (hospital, ["--model", "nowhere", "--burst", "5"], "--burst needs --rate"),
     ],
 )
 def test_wrong_settings_end_with_one_clear_line(
@@ -127,3 +132,13 @@ def test_a_device_that_torch_refuses_in_many_lines_is_told_in_one(monkeypatch: p
     monkeypatch.setattr("torch.empty", refuse)
     with pytest.raises(ServiceError, match=r"cannot be used here: CUDA error: out of memory$"):
         resolve_device("cpu")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_may_ask_without_keys(host: str) -> None:
+    assert read_settings(HospitalSettings, ["--model", "m", "--host", host]).host == host
+
+
+@pytest.mark.parametrize("more", [["--keys", "keys.toml"], ["--open-to-anyone"]])
+def test_others_may_with_keys_or_if_so_told(more: list[str]) -> None:
+    assert read_settings(HospitalSettings, ["--model", "m", "--host", "0.0.0.0", *more]).host == "0.0.0.0"

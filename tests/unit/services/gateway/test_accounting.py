@@ -127,11 +127,11 @@ def test_a_request_beyond_the_whole_budget_is_told_so_and_not_to_wait() -> None:
 
 def test_keys_have_accounts_of_their_own_and_are_not_kept() -> None:
     accounts = Accounts(Budget(10))
-    accounts.of("secret").spend("sanitize", 1)
-    accounts.of("secret").spend("smooth", 2)
-    accounts.of("other").spend("smooth", 3)
+    accounts.of(accounts.name("secret")).spend("sanitize", 1)
+    accounts.of(accounts.name("secret")).spend("smooth", 2)
+    accounts.of(accounts.name("other")).spend("smooth", 3)
     for anonymous in (None, ""):
-        accounts.of(anonymous).spend("sanitize", 4)
+        accounts.of(accounts.name(anonymous)).spend("sanitize", 4)
     accounts.own.spend("labels", 1)
     told = accounts.snapshot()
     name = f"sha256:{hashlib.sha256(b'secret').hexdigest()[:16]}"
@@ -152,17 +152,17 @@ def test_keys_have_accounts_of_their_own_and_are_not_kept() -> None:
 def test_beyond_their_number_keys_share_an_account_and_its_budget() -> None:
     accounts = Accounts(Budget(10), max_keys=2)
     for key in ("a", "b", "c", "d"):
-        accounts.of(key).spend("sanitize", 6)
+        accounts.of(accounts.name(key)).spend("sanitize", 6)
     assert set(accounts.snapshot()["keys"]) - {OTHERS} == {accounts.name("a"), accounts.name("b")}
-    assert accounts.of("a").left == 4
-    assert accounts.of("e").left == 0
+    assert accounts.of(accounts.name("a")).left == 4
+    assert accounts.of(accounts.name("e")).left == 0
 
 
 def test_a_quote_opens_no_account() -> None:
     accounts = Accounts(Budget(10))
-    assert accounts.quote("new") == {"queries": 10, "window_s": None, "left": 10, "resets_in_s": None}
+    assert accounts.quote(accounts.name("new")) == {"queries": 10, "window_s": None, "left": 10, "resets_in_s": None}
     assert accounts.snapshot()["keys"] == {}
-    accounts.of("new").spend("sanitize", 3)
-    told = accounts.quote("new")
+    accounts.of(accounts.name("new")).spend("sanitize", 3)
+    told = accounts.quote(accounts.name("new"))
     assert told is not None
     assert told["left"] == 7

@@ -627,11 +627,13 @@ async def test_the_document_tells_what_may_be_asked_and_answered() -> None:
     for path in ("/predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         told = document["paths"][path]["post"]
         asked = {(one["in"], one["name"]): one for one in told["parameters"]}
-        for one in (("query", "mode"), ("query", "n"), ("query", "dry_run"), ("header", "x-api-key")):
+        for one in (("query", "mode"), ("query", "n"), ("query", "dry_run")):
             assert asked[one]["description"]
+        assert told["security"] == [{"APIKeyHeader": []}, {"HTTPBearer": []}]
         (choice, _) = asked["query", "mode"]["schema"]["anyOf"]
         assert choice["enum"] == ["sanitize", "smooth", "certify"]
-        assert {"200", "400", "404", "413", "415", "429", "500", "501", "502", "503", "504"} <= set(told["responses"])
+        expected = (200, 400, 401, 404, 413, 415, 429, 500, 501, 502, 503, 504)
+        assert {str(status) for status in expected} <= set(told["responses"])
         assert "422" not in told["responses"], "what FastAPI calls 422 is answered 400 here"
         assert set(told["responses"]["200"]["headers"]) == {"X-Artifact-Id", "X-Evidence"}
     assert "/queries" in document["paths"]

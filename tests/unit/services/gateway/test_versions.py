@@ -201,7 +201,7 @@ async def test_a_victim_that_is_away_lets_no_version_in() -> None:
         assert (await http.post(LOAD, headers=ADMIN)).status_code == 503
         upstream.fails = None
         assert await served(http) == ("1", 0.2)
-        assert (await http.get("/queries")).json()["gateway"]["self-test"] == 4
+        assert (await http.get("/queries", headers=ADMIN)).json()["gateway"]["self-test"] == 4
 
 
 async def test_two_loads_at_once_are_one_load_and_a_refusal() -> None:
@@ -240,7 +240,7 @@ async def test_stored_images_decide_by_the_share_that_is_answered_as_without_the
         refused = await http.post(LOAD, headers=ADMIN)
         assert_error(refused, 409, "version 2 failed its self-test: the model answers 50% of the 10 stored images")
         assert (await http.get("/v2/models/defended")).json()["versions"] == ["1"]
-        assert (await http.get("/queries")).json()["gateway"]["self-test"] == 20
+        assert (await http.get("/queries", headers=ADMIN)).json()["gateway"]["self-test"] == 20
     async with gateway(shelf, Upstream(bright), self_test=folder, self_test_agreement=0.5) as http:
         assert (await http.post(LOAD, headers=ADMIN)).status_code == 200
 

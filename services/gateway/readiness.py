@@ -1,0 +1,36 @@
+"""Whether the victim is ready, asked rarely: however many probes and balancers ask us, it is not asked along."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+FRESH_S: Final = 1.0
+"""How long an answer counts, in seconds."""
+
+
+class Readiness:
+    """The answer to one question, put at most once in a while and never twice at once.
+
+    Args:
+        ask: the question.
+        clock: seconds, from any start.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[bool]], clock: Callable[[], float] = time.monotonic) -> None:
+        """Asks nothing yet."""
+        self._ask = ask
+        self._clock = clock
+        self._answer = False
+        self._asked_at = float("-inf")
+        self._asking = asyncio.Lock()
+
+    async def __call__(self) -> bool:
+        """The answer, at most `FRESH_S` old when the call began."""
+        called_at = self._clock()
+        async with self._asking:
+            if self._asked_at < called_at - FRESH_S:
+                asked_at = self._clock()
+                self._answer = await self._ask()
+                self._asked_at = asked_at
+            return self._answer

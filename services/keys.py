@@ -1,0 +1,281 @@
+"""API keys: who may ask, and how much at once.
+
+A file of keys holds no secret, only what their SHA-256 is. A key is 256 random bits, so that nobody finds it by trying,
+salted and slow hashes, which passwords need, would add nothing. The file is TOML, a table a client:
+
+    [clinic-a]
+    sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
+    images_per_second = 50    # optional; what the service's own --rate is without it
+    burst = 200               # optional; how many at once after a pause, by default a second's
+
+    python -m services.keys clinic-a --rate 50 >> keys.toml    # shows the key once, and adds its hash to the file
+
+Clients send theirs as `X-API-Key: KEY` or `Authorization: Bearer KEY`.
+"""
+
+import argparse
+import hashlib
+import hmac
+import json
+import math
+import re
+import secrets
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from fastapi import Depends
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from services.protocol.errors import InvalidInput, RateLimited, Unauthorized
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_FIELDS: Final = {"sha256", "images_per_second", "burst"}
+
+MAX_BUCKETS: Final = 20_000
+"""Clients whose rate is remembered; beyond that, those that may send again anyway are forgotten."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many images a client may send.
+
+    Attributes:
+        images_per_second: in the long run; None: any number.
+        burst: at once, after a pause. A larger request waits for as long as it takes to have been saved up for, from an
+            empty purse: a bound on the rate is none on the size.
+    """
+
+    images_per_second: float | None = None
+    burst: int = 1
+
+    @classmethod
+    def of(cls, images_per_second: float | None, burst: float | None) -> Self:
+        """With the burst of a second where none is given."""
+        return cls(images_per_second, math.ceil(burst or images_per_second or 1))
+
+
+@dataclass(frozen=True)
+class Client:
+    """Whom a key belongs to.
+
+    Attributes:
+        name: as accounts, metrics and logs have it.
+        digest: SHA-256 of the key, in hexadecimal digits; empty where there are no keys.
+        rate: its own; None: the service's.
+    """
+
+    name: str
+    digest: str = ""
+    rate: Rate | None = None
+
+
+class Keys:
+    """The clients that may ask.
+
+    Args:
+        clients: all of them.
+    """
+
+    def __init__(self, clients: Iterable[Client]) -> None:
+        """Keeps them."""
+        self._clients = tuple(clients)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a file of keys.
+
+        Raises:
+            InvalidInput: it is not there, is no such file, or holds no key; the message quotes nothing of its values.
+        """
+        try:
+            tables = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise InvalidInput(f"the file of keys {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # TOML or UTF-8; what it quotes might be a key that somebody put there in clear
+            raise InvalidInput(f"the file of keys {path} is no TOML") from error
+        if not tables:
+            raise InvalidInput(f"{path} holds no key: make one with python -m services.keys NAME >> {path}")
+        return cls(_client(path, name, table) for name, table in tables.items())
+
+    def client(self, key: str | None) -> Client:
+        """Whose key it is. Takes as long for a wrong key as for a right one.
+
+        Raises:
+            Unauthorized: nobody's.
+        """
+        digest = _digest(key or "")
+        found: Client | None = None
+        for one in self._clients:
+            if hmac.compare_digest(one.digest, digest):
+                found = one
+        if found is None:
+            raise Unauthorized("an API key is needed: send 'X-API-Key: KEY' or 'Authorization: Bearer KEY'")
+        return found
+
+
+class Purses:
+    """What every client may still send: token buckets, counted in images. Not safe to use from several threads.
+
+    Args:
+        rate: of clients that have none of their own.
+        clock: seconds, from any start.
+    """
+
+    def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic) -> None:
+        """All are full."""
+        self._rate = rate
+        self._clock = clock
+        self._full_at: dict[str, float] = {}  # when the purse will be full again
+
+    def take(self, name: str, images: int, own: Rate | None = None) -> None:
+        """Takes a request's images out of a client's purse.
+
+        Args:
+            name: the client's.
+            images: how many it sends.
+            own: its own rate; None: that of all.
+
+        Raises:
+            RateLimited: it does not hold so many yet; nothing is taken.
+        """
+        rate = own or self._rate
+        if rate.images_per_second is None:
+            return
+        now = self._clock()
+        full_at = max(self._full_at.get(name, now), now)
+        # Who asks for more than a purse can hold may have it from a full one, and is in debt then.
+        starts_at = full_at - (rate.burst - min(images, rate.burst)) / rate.images_per_second
+        if starts_at > now:
+            raise RateLimited(
+                f"this client may send {rate.images_per_second:g} images a second, and {rate.burst} at once",
+                retry_after=starts_at - now,
+            )
+        if len(self._full_at) >= MAX_BUCKETS:
+            self._full_at = {one: at for one, at in self._full_at.items() if at > now}
+        self._full_at[name] = full_at + images / rate.images_per_second
+
+
+class Access:
+    """Who may ask, and how fast.
+
+    Args:
+        keys: the clients that may; None: anybody may, and a key is a name that tells clients apart.
+        rate: of clients that have none of their own.
+        name_of: the client's name for a key that is a name.
+    """
+
+    def __init__(self, keys: Keys | None, rate: Rate, name_of: Callable[[str | None], str]) -> None:
+        """Has let nobody in yet."""
+        self._keys = keys
+        self._name_of = name_of
+        self._purses = Purses(rate)
+
+    def client(self, key: str | None) -> Client:
+        """Who asks; to be found out before anything of the body is read.
+
+        Raises:
+            Unauthorized: nobody who may.
+        """
+        return Client(self._name_of(key)) if self._keys is None else self._keys.client(key)
+
+    def take(self, client: Client, images: int) -> None:
+        """Counts what a client sends.
+
+        Raises:
+            RateLimited: it sends too fast.
+        """
+        self._purses.take(client.name, images, client.rate)
+
+
+_header: Final = APIKeyHeader(name="X-API-Key", auto_error=False, description="The client's key.")
+_bearer: Final = HTTPBearer(auto_error=False, description="The client's key, likewise.")
+
+
+def _sent(
+    header: Annotated[str | None, Depends(_header)],
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> str | None:
+    return header or (bearer.credentials if bearer else None)
+
+
+KeySent = Annotated[str | None, Depends(_sent)]
+"""An argument that is the key of the request; None: it has none."""
+
+
+def make_key(name: str, rate: float | None = None, burst: int | None = None) -> tuple[str, str]:
+    """Makes a key.
+
+    Args:
+        name: the client's.
+        rate: images a second; None: the service's.
+        burst: images at once; None: a second's.
+
+    Returns:
+        The key, and the table for the file of keys, which does not tell it.
+
+    Raises:
+        InvalidInput: the name is none, or the numbers make no rate.
+    """
+    key = secrets.token_urlsafe(32)
+    fields = {"sha256": _digest(key), "images_per_second": rate, "burst": burst}
+    table = {field: value for field, value in fields.items() if value is not None}
+    _client("a new key", name, table)
+    # What JSON says of strings and numbers, TOML says too.
+    return key, "\n".join([f"[{name}]", *(f"{field} = {json.dumps(value)}" for field, value in table.items())])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.keys",
+        description="Makes an API key: what a file of keys needs goes to stdout, the key itself to stderr, once.",
+    )
+    parser.add_argument("--rate", type=float, help="images a second that the client may send (default: the service's)")
+    parser.add_argument("--burst", type=int, help="images that it may send at once (default: a second's)")
+    parser.add_argument("name", help="the client's")
+    arguments = parser.parse_args(argv)
+    try:
+        key, table = make_key(arguments.name, arguments.rate, arguments.burst)
+    except InvalidInput as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{table}\n")
+    print(f"The key of {arguments.name}, which nothing shows again: {key}", file=sys.stderr)
+    return 0
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _client(where: object, name: str, table: Any) -> Client:
+    def wrong(what: str) -> InvalidInput:
+        return InvalidInput(f"{where}: [{name[:64]}] {what}")
+
+    if not _NAME.fullmatch(name) or not isinstance(table, dict):
+        raise wrong("is no table of a client, whose name has letters, digits, - and _")
+    if set(table) - _FIELDS:
+        raise wrong(f"has fields that are not known here; there are {', '.join(sorted(_FIELDS))}")
+    digest = table.get("sha256")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise wrong("needs sha256, 64 hexadecimal digits in lower case")
+    rate, burst = table.get("images_per_second"), table.get("burst")
+    for value in (rate, burst):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise wrong("has an images_per_second or a burst that is no number above 0")
+    if rate is None:
+        if burst is not None:
+            raise wrong("has a burst, and no images_per_second that it would belong to")
+        return Client(name, digest)
+    return Client(name, digest, Rate.of(float(rate), burst))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
