@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 DATA ?= phantom
 TASK ?=
 OUT ?= artifacts
+ROUNDS ?= 10
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format compose-check clean
+.PHONY: help install demo test chaos lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -28,6 +29,9 @@ demo: install ## The main job end to end on DATA (phantom, or a folder), into OU
 
 test: install ## Run all tests.
 	$(BIN)/pytest
+
+chaos: install ## Faults on purpose, for many rounds: victims, gateway and trainer killed, hung, lied to, out of disk.
+	CHAOS_ROUNDS=$(ROUNDS) $(BIN)/pytest tests/e2e/test_faults.py tests/e2e/test_zo_fit_over_http.py
 
 lint: install ## Check style and types.
 	$(BIN)/ruff check $(CODE)

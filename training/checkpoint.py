@@ -5,8 +5,10 @@ line before every request leaves, so that after kill -9 the ledger still holds e
 after the last checkpoint, whose answers died with the process, are booked as "lost".
 """
 
+import errno
 import fcntl
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -114,8 +116,14 @@ class Journal:
             raise UserError(f"another run is writing to {folder}: wait for it, or name another --out") from error
 
     def write(self, purpose: str, images: int) -> None:
-        """Records that `images` are about to be sent."""
-        self._file.write(f"{purpose} {images}\n".encode())
+        """Records that `images` are about to be sent.
+
+        Raises:
+            OSError: It could not be written whole; nothing may be sent then.
+        """
+        line = f"{purpose} {images}\n".encode()
+        if self._file.write(line) != len(line):  # which a disk that is getting full may do without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         """Closes the file."""

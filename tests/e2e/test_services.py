@@ -1,109 +1,18 @@
 """The two services as people run them: as processes, on ports of their own choosing."""
 
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from service_processes import Start, images, publish, stop
 
-from defense.artifact import Provenance, save_artifact
-from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
-from services.hospital.model import VictimConfig, build_victim
+from defense.sanitizer import Sanitizer
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import UpstreamUnreachable
 from services.protocol.images import encode_png
-from training.victim_fit import save_victim
-
-CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
-SHAPE = ImageShape(channels=1, height=32, width=32)
-
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts `python -m <module> <arguments>` on a free port, gives the process and its URL, and ends it."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run(module: str, *arguments: str) -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "error",
-                "-m",
-                module,
-                "--port",
-                "0",
-                "--device",
-                "cpu",
-                "--threads",
-                "1",
-                *arguments,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if "http://" not in line:
-            raise AssertionError(process.communicate()[1])
-        return process, line.split()[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
-    torch.manual_seed(0)
-    model = build_victim(CONFIG).eval()
-    save_victim(tmp_path / "victim", model, CONFIG)
-    return tmp_path / "victim", model
-
-
-def publish(folder: Path, seed: int) -> Sanitizer:
-    """Writes an artifact."""
-    torch.manual_seed(seed)
-    sanitizer = Sanitizer(SanitizerConfig(input=SHAPE, denoiser="dncnn-small", autoencoder=None)).eval()
-    save_artifact(
-        folder,
-        sanitizer,
-        name="ours",
-        labels=list(CONFIG.labels),
-        sigma=0.25,
-        queries={"train": 7},
-        provenance=Provenance(
-            method="mse", estimator=None, data="noise", data_fingerprint="0", settings={}, versions={}, validation={}
-        ),
-    )
-    return sanitizer
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> tuple[Path, Sanitizer]:
-    return tmp_path / "defense", publish(tmp_path / "defense", 1)
-
-
-def images(count: int) -> torch.Tensor:
-    return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def stop(process: subprocess.Popen[str]) -> str:
-    """Ends a service as an init system does; gives what it wrote to stderr."""
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode in (0, -signal.SIGTERM)
-    return errors
 
 
 def test_hospital_and_gateway_answer_images_and_tensors_and_end_quietly(

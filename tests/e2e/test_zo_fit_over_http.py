@@ -1,6 +1,9 @@
 """zo_fit against a real hospital process: killed and resumed, and with the hospital gone for a while."""
 
 import json
+import os
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -28,6 +31,7 @@ from training.victim_fit import save_victim
 
 SIZE = "32"
 WAIT_S = 120.0
+KILLS = 3 * int(os.environ.get("CHAOS_ROUNDS", "1"))
 
 
 def free_port() -> int:
@@ -199,3 +203,55 @@ def test_a_hospital_that_stays_away_ends_the_run_with_a_message_and_a_checkpoint
     assert "cannot be reached" in errors
     assert "Traceback" not in errors
     assert step_of(out) >= 2
+
+
+def test_a_run_killed_at_random_ends_where_the_unbroken_run_ends(start_zo_fit, tmp_path):
+    unbroken, broken, steps = tmp_path / "unbroken", tmp_path / "broken", ["--steps", "10"]
+    with counting_hospital() as (url, model):
+        run = start_zo_fit(url, *steps, "--out", str(unbroken))
+        errors = run.communicate(timeout=WAIT_S)[1]
+        assert run.returncode == 0, errors
+        assert model.images == Journal.total(unbroken)
+        model.images, kills = 0, 0
+        while not (broken / "manifest.json").exists():
+            resume = ["--resume"] if step_of(broken) >= 0 else []
+            before, is_last = step_of(broken), kills >= KILLS
+            run = start_zo_fit(url, *steps, "--out", str(broken), *resume)
+            if not is_last:
+                wait_for(lambda was=before, now=run: step_of(broken) > was or now.poll() is not None, "a step")
+                time.sleep(random.uniform(0, 0.3))
+                run.kill()
+                kills += 1
+            errors = run.communicate(timeout=WAIT_S)[1]
+            assert not is_last or run.returncode == 0, errors
+        received = model.images
+    one, other = load_artifact(unbroken), load_artifact(broken)
+    for name, expected in one.sanitizer.state_dict().items():
+        assert torch.equal(other.sanitizer.state_dict()[name], expected), name
+    whole, pieces = one.manifest.queries, dict(other.manifest.queries)
+    pieces.pop("lost", None)
+    # Every start asks the victim one question about itself; nothing else of the work that counts is done twice.
+    assert whole["probe"] <= pieces.pop("probe") <= whole["probe"] + kills
+    assert pieces == {purpose: count for purpose, count in whole.items() if purpose != "probe"}
+    assert other.manifest.queries_spent == Journal.total(broken)
+    assert received <= Journal.total(broken) <= received + kills * 4 * (1 + 4)
+
+
+def test_a_full_disk_loses_neither_checkpoint_nor_ledger(start_zo_fit, tmp_path):
+    out = tmp_path / "out"
+    with counting_hospital() as (url, model):
+        run = start_zo_fit(url, "--steps", "100000")
+        wait_for(lambda: step_of(out) >= 3, "three steps")
+        size = (out / "checkpoint.safetensors").stat().st_size
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))  # what it writes ends with an error
+        errors = run.communicate(timeout=WAIT_S)[1]
+        assert run.returncode == 2
+        assert "File too large" in errors
+        assert "Traceback" not in errors
+        stopped_at = step_of(out)
+        assert stopped_at >= 3
+        assert not list(out.glob(".*.saving")), "nothing half-written stays"
+        run = start_zo_fit(url, "--steps", str(stopped_at + 2), "--resume")
+        errors = run.communicate(timeout=WAIT_S)[1]
+        assert run.returncode == 0, errors
+        assert model.images == load_artifact(out).manifest.queries_spent == Journal.total(out)

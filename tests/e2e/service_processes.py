@@ -1,0 +1,47 @@
+"""What the end-to-end tests share: the two services as people run them, as processes on ports of their own choosing."""
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from defense.artifact import Provenance, save_artifact
+from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
+from services.hospital.model import VictimConfig
+
+CONFIG = VictimConfig(labels=("a", "b", "c"), channels=1, size=(32, 32), width=0.125)
+SHAPE = ImageShape(channels=1, height=32, width=32)
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+def publish(folder: Path, seed: int) -> Sanitizer:
+    """Writes an artifact."""
+    torch.manual_seed(seed)
+    sanitizer = Sanitizer(SanitizerConfig(input=SHAPE, denoiser="dncnn-small", autoencoder=None)).eval()
+    save_artifact(
+        folder,
+        sanitizer,
+        name="ours",
+        labels=list(CONFIG.labels),
+        sigma=0.25,
+        queries={"train": 7},
+        provenance=Provenance(
+            method="mse", estimator=None, data="noise", data_fingerprint="0", settings={}, versions={}, validation={}
+        ),
+    )
+    return sanitizer
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def stop(process: subprocess.Popen[str]) -> str:
+    """Ends a service as an init system does; gives what it wrote to stderr."""
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    return errors
