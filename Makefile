@@ -6,10 +6,11 @@ DATA ?= phantom
 TASK ?=
 OUT ?= artifacts
 ROUNDS ?= 10
+SECONDS ?= 300
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint format compose-check clean
+.PHONY: help install demo test chaos fuzz audit lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +33,16 @@ test: install ## Run all tests.
 
 chaos: install ## Faults on purpose, for many rounds: victims, gateway and trainer killed, hung, lied to, out of disk.
 	CHAOS_ROUNDS=$(ROUNDS) $(BIN)/pytest tests/e2e/test_faults.py tests/e2e/test_zo_fit_over_http.py
+
+fuzz: install ## Coverage-guided fuzzing of all that reads foreign bytes, SECONDS for each target.
+	@mkdir -p $(OUT)/fuzz
+	for target in oip image dicom inflate artifact; do \
+		PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/targets.py $$target $(OUT)/fuzz/$$target \
+			-max_total_time=$(SECONDS) -artifact_prefix=$(OUT)/fuzz/ || exit 1; \
+	done
+
+audit: install ## Look the installed packages up in the database of known vulnerabilities.
+	$(BIN)/pip-audit --skip-editable
 
 lint: install ## Check style and types.
 	$(BIN)/ruff check $(CODE)

@@ -177,7 +177,7 @@ def load_artifact(path: str | Path) -> Artifact:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise ArtifactError(f"{folder / MANIFEST_FILE} is malformed at {where}: {first['msg']}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder / MANIFEST_FILE} is no JSON: {error}") from error
     weights_path = folder / manifest.weights_file
     try:

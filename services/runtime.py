@@ -1,6 +1,7 @@
 """What both services do around their applications: settings from flags and environment, and serving."""
 
 import ipaddress
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from services.keys import Access, Keys, Rate
 from services.protocol.errors import ServiceError
 from services.protocol.logs import LogFormat, set_up
+from services.tracing import tracing
 
 _GRACE_S = 30
 _Settings = TypeVar("_Settings", bound="ServiceSettings")
@@ -51,6 +53,9 @@ class ServiceSettings(BaseSettings):
     docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json and its page at /docs")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what to log to stderr")
     log_format: LogFormat = Field("text", description="how lines of the log look: text, or a JSON object each")
+    otlp_endpoint: str | None = Field(
+        None, description="send OpenTelemetry traces there, such as http://host:4318/v1/traces (needs the extra otel)"
+    )
     keys: Path | None = Field(
         None, description="file of API keys (see python -m services.keys): nobody is answered without one of them"
     )
@@ -159,6 +164,9 @@ def serve(app: FastAPI, name: str, settings: ServiceSettings) -> None:
         config.load()  # a certificate that cannot be used is told before anything is announced
         scheme = "https" if config.is_ssl else "http"
         print(f"{name} listening on {scheme}://{host}:{listener.getsockname()[1]}", flush=True)
+        # uvicorn ends what it serves, and then raises the signal once more. Left to itself, SIGTERM would end the
+        # process there and then, and whatever else has to be closed would not be.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -189,7 +197,8 @@ def run_service(
     prepare(settings)
     try:
         app = build(settings)
-        serve(app, app.title, settings)
+        with tracing(app, settings.otlp_endpoint):
+            serve(app, app.title, settings)
     except known as error:
         print(f"{kind.model_config.get('cli_prog_name')}: error: {error}", file=sys.stderr)
         return 2

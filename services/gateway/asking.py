@@ -8,18 +8,9 @@ from fastapi import Depends, Query
 from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
 from services.keys import KeySent
+from services.protocol.openapi import error_responses
 from services.protocol.replies import RESPONSES
 
-_ERROR: Final[dict[str, Any]] = {
-    "content": {
-        "application/json": {
-            "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
-        }
-    }
-}
-_RETRY_AFTER: Final[dict[str, Any]] = {
-    "headers": {"Retry-After": {"description": "seconds, where waiting helps", "schema": {"type": "integer"}}}
-}
 _WORDS: Final = {
     400: "what was sent is malformed, does not fit the model, or asks for a mode or an n that is not offered",
     401: "the API key, or the admin token where that is asked for, is missing or another one",
@@ -33,19 +24,14 @@ _WORDS: Final = {
     501: "a part of the Open Inference Protocol that is not implemented",
     502: "the model behind the gateway cannot be reached, or gave no valid answer",
     503: "the model behind the gateway is not available",
-    504: "the model behind the gateway did not answer in time",
+    504: "the model behind the gateway did not answer in time, or the time that the request has is over",
 }
 _OPERATORS: Final = (409,)  # what only an operator may be answered
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What these statuses mean, for the OpenAPI document."""
-    told: dict[int | str, dict[str, Any]] = {
-        status: {"description": _WORDS[status], **_ERROR, **(_RETRY_AFTER if status in (429, 503) else {})}
-        for status in statuses
-    }
-    # Also keeps FastAPI from announcing its own 422, which is never answered.
-    return told | {"default": {"description": "any other error", **_ERROR}}
+    return error_responses({status: _WORDS[status] for status in statuses})
 
 
 ANSWERS: Final[dict[int | str, dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,21 @@ from services.keys import KeySent
 from services.protocol import deadlines
 from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.http import make_app
+from services.protocol.openapi import error_responses
 from services.protocol.replies import RESPONSES, Signature, answer
 from services.runtime import access_of
+
+_ERRORS: Final = {
+    400: "what was sent is malformed, or does not fit the model",
+    401: "the API key is missing, or another one",
+    413: "the body, or the image in it, is too large",
+    415: "a media type or content encoding that is not spoken here",
+    429: "too much work is waiting, or the client sends faster than it may",
+    500: "an error inside the service",
+    501: "a part of the Open Inference Protocol that is not implemented",
+    503: "the service is shutting down",
+    504: "the time that the request has is over",
+}
 
 
 def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSettings) -> FastAPI:
@@ -55,7 +69,7 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
 
     app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
 
-    @app.post("/predict", responses=RESPONSES, openapi_extra=REQUEST)
+    @app.post("/predict", responses={**RESPONSES, **error_responses(_ERRORS)}, openapi_extra=REQUEST)
     async def predict(request: Request, key: KeySent) -> Response:
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         client = access.client(key)

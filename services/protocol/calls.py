@@ -52,8 +52,13 @@ REQUEST: Final[dict[str, Any]] = {
                 }
             },
             **{media: {"schema": {"type": "string", "format": "binary"}} for media in ("image/*", _DICOM_TYPE)},
-            oip.JSON_TYPE: {},
-            oip.BINARY_TYPE: {},
+            oip.JSON_TYPE: {
+                "schema": {"type": "object", "required": ["inputs"]},
+                "example": {
+                    "inputs": [{"name": "images", "shape": [1, 1, 2, 2], "datatype": "FP32", "data": [0, 0.5, 0.5, 1]}]
+                },
+            },
+            oip.BINARY_TYPE: {"schema": {"type": "string", "format": "binary"}},
         },
     },
 }

@@ -178,7 +178,7 @@ class ReplicaPool:
     async def _status(self, replica: Replica, url: str) -> int:
         try:
             return (await self._http.send(replica.request(self._http, "GET", url, timeout=self._quick_s))).status_code
-        except httpx.HTTPError:
+        except Exception:  # as in `_attempt`
             return UpstreamUnreachable.status
 
     async def _attempt(self, replica: Replica, request: httpx.Request) -> httpx.Response:
@@ -189,7 +189,8 @@ class ReplicaPool:
             response = await self._http.send(request)
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             raise UpstreamTimeout(f"the victim at {request.url} did not answer in time") from error
-        except httpx.HTTPError as error:
+        # Not httpx's own errors alone: where a connection breaks while it is made, AnyIO fails with an AttributeError.
+        except Exception as error:
             raise UpstreamUnreachable(f"the victim at {request.url} cannot be reached: {error}") from error
         finally:
             replica.outstanding -= 1

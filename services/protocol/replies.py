@@ -22,7 +22,36 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
             "`Accept: image/png`, a segmenter's mask itself. To tensors: scores (N,K), or (N,K,H,W) from a segmenter, "
             "by the Open Inference Protocol, in JSON or binary."
         ),
-        "content": {oip.JSON_TYPE: {}, oip.BINARY_TYPE: {}, MASK_TYPE: {}},
+        "content": {
+            oip.JSON_TYPE: {
+                "examples": {
+                    "class": {
+                        "summary": "of an image, by a classifier",
+                        "value": {"label": "glioma", "labels": ["glioma", "notumor"], "probabilities": [0.97, 0.03]},
+                    },
+                    "mask": {
+                        "summary": "of an image, by a segmenter",
+                        "value": {
+                            "labels": ["background", "lesion"],
+                            "lesion_fraction": 0.08,
+                            "mask": "iVBORw0KGgo...",
+                        },
+                    },
+                    "tensor": {
+                        "summary": "of tensors",
+                        "value": {
+                            "model_name": "defended",
+                            "model_version": "1",
+                            "outputs": [
+                                {"name": "probabilities", "shape": [1, 2], "datatype": "FP32", "data": [0.97, 0.03]}
+                            ],
+                        },
+                    },
+                }
+            },
+            oip.BINARY_TYPE: {},
+            MASK_TYPE: {},
+        },
     }
 }
 """What `answer` says, for the OpenAPI document."""

@@ -1,11 +1,10 @@
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from service_processes import CONFIG, Start, publish
+from service_processes import CONFIG, Process, Start, publish
 
 from defense.sanitizer import Sanitizer
 from services.hospital.model import build_victim
@@ -13,30 +12,14 @@ from training.victim_fit import save_victim
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts `python -m <module> <arguments>` on a free port, gives the process and its URL, and ends it."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Process] = []
 
-    def run(module: str, *arguments: str) -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "error",
-                "-m",
-                module,
-                "--port",
-                "0",
-                "--device",
-                "cpu",
-                "--threads",
-                "1",
-                *arguments,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def run(module: str, *arguments: str) -> tuple[Process, str]:
+        fixed = ["--port", "0", "--device", "cpu", "--threads", "1"]
+        command = [sys.executable, "-W", "error", "-m", module, *fixed, *arguments]
+        process = Process(command, tmp_path / f"errors-{len(processes)}")
         processes.append(process)
         assert process.stdout is not None
         line = process.stdout.readline()

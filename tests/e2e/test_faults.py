@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import trustme
-from service_processes import Start, images, stop
+from service_processes import Process, Start, images, stop
 
 from defense.sanitizer import Sanitizer
 from services.protocol import oip
@@ -177,7 +176,7 @@ def burst(url: str, right: np.ndarray, count: int, *, then: Callable[[], object]
         return [future.result() for future in futures]
 
 
-def kill_soon(process: subprocess.Popen[str]) -> None:
+def kill_soon(process: Process) -> None:
     time.sleep(random.uniform(0, 0.2))
     process.kill()
 

@@ -1,12 +1,16 @@
 """The two services as people run them: as processes, on ports of their own choosing."""
 
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from service_processes import Start, images, publish, stop
 
 from defense.sanitizer import Sanitizer
@@ -157,3 +161,46 @@ def test_a_mode_that_can_never_answer_is_refused_at_the_start(start: Start, arti
             *("--artifact", str(artifact[0]), "--victim-url", "http://127.0.0.1:9"),
             *("--modes", "certify", "--certify-n", "5"),
         )
+
+
+class Collector:
+    """Where OpenTelemetry's spans are sent; keeps them by service."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[Any]] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                told = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+                for resource in told.resource_spans:
+                    attributes = {one.key: one.value.string_value for one in resource.resource.attributes}
+                    found = [span for scope in resource.scope_spans for span in scope.spans]
+                    outer.spans.setdefault(attributes["service.name"], []).extend(found)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_words: object) -> None:
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+
+
+def test_one_trace_tells_of_a_request_over_both_hops(
+    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
+) -> None:
+    collector = Collector()
+    traced = ["--otlp-endpoint", collector.endpoint]
+    hospital, hospital_url = start("services.hospital", "--model", str(victim[0]), *traced)
+    gateway, url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url, *traced)
+    httpx.post(f"{url}/predict", files={"file": encode_png(images(1)[0].numpy())}).raise_for_status()
+    told = stop(gateway) + stop(hospital)
+    assert not told, told
+    collector.server.shutdown()
+    collector.server.server_close()
+    ids = {name: {span.trace_id for span in spans} for name, spans in collector.spans.items()}
+    assert len(ids["zo-gateway-gateway"]) == 1
+    assert ids["zo-gateway-hospital"] == ids["zo-gateway-gateway"]
+    assert any("/predict" in span.name for span in collector.spans["zo-gateway-hospital"])

@@ -112,6 +112,7 @@ FAILURES: dict[str, tuple[Answer, type[ServiceError]]] = {
     "connect timeout": (lambda: throws(httpx.ConnectTimeout("slow")), UpstreamUnreachable),
     "broken": (lambda: throws(httpx.ReadError("reset")), UpstreamUnreachable),
     "no answer": (lambda: throws(httpx.RemoteProtocolError("gone")), UpstreamUnreachable),
+    "broken while it was made": (lambda: throws(AttributeError("getpeername")), UpstreamUnreachable),
     "read timeout": (lambda: throws(httpx.ReadTimeout("slow")), UpstreamTimeout),
     "429": (lambda: httpx.Response(429, json={"error": "busy"}), Overloaded),
     "502": (lambda: httpx.Response(502), UpstreamUnreachable),
