@@ -10,7 +10,7 @@ SECONDS ?= 300
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos fuzz audit lint format compose-check clean
+.PHONY: help install demo test chaos fuzz load audit lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ fuzz: install ## Coverage-guided fuzzing of all that reads foreign bytes, SECOND
 		PYTHONPATH=$(CURDIR) $(BIN)/python tests/fuzz/targets.py $$target $(OUT)/fuzz/$$target \
 			-max_total_time=$(SECONDS) -artifact_prefix=$(OUT)/fuzz/ || exit 1; \
 	done
+
+load: install ## The gateway at twice its capacity, after make demo: goodput, latencies, memory.
+	$(BIN)/python -m benchmarks.load --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds --seconds $(SECONDS)
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable

@@ -37,6 +37,15 @@ class Admission:
         """Images in work."""
         return self._images
 
+    def check(self, images: int = 1) -> None:
+        """Refuses now what `admit` would refuse, before more work is put into it.
+
+        Raises:
+            Overloaded: too many images are in work already.
+        """
+        if self._images and self._images + images > self._max_images:
+            raise Overloaded(f"{self._images} images are in work already; come back later", retry_after=RETRY_AFTER_S)
+
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
         """Counts a request as long as the context lasts.
@@ -44,8 +53,7 @@ class Admission:
         Raises:
             Overloaded: too many images are in work already.
         """
-        if self._images and self._images + images > self._max_images:
-            raise Overloaded(f"{self._images} images are in work already; come back later", retry_after=RETRY_AFTER_S)
+        self.check(images)
         self._images += images
         try:
             yield

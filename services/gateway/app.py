@@ -93,6 +93,9 @@ def make_gateway(
         deadlines.begin(request, settings.deadline_s)
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(asked.mode, asked.n)
+            queue = admission_of_copies if plan.copies else admission
+            if not asked.dry_run:
+                queue.check()  # beyond capacity, nobody's body is read and looked at to be refused
             call = await read_call(
                 request,
                 defence.shape,
@@ -100,18 +103,20 @@ def make_gateway(
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
             )
-            return await deadlines.attended(request, decide(asked, client, defence, plan, call))
+            return await deadlines.attended(request, decide(asked, client, defence, plan, queue, call))
 
-    async def decide(asked: Asked, client: Client, defence: Defence, plan: Plan, call: Call) -> Response:
+    async def decide(
+        asked: Asked, client: Client, defence: Defence, plan: Plan, queue: Admission, call: Call
+    ) -> Response:
         pipeline = defence.pipeline
         queries = plan.queries(len(call.images))
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
             return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defence.signature)
+        queue.check(queries)
         access.take(client, len(call.images))
         account = accounts.of(client.name)
         await detector.watch(client.name, account, call.images)
-        queue = admission_of_copies if plan.copies else admission
         with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
             if plan.copies:

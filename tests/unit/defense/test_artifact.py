@@ -154,6 +154,7 @@ def other_architecture(folder):
         (lambda folder: rewrite_manifest(folder, format="zo-gateway-artifact-0"), "malformed at format"),
         (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), "malformed at the whole"),
         (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "is no JSON"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("[" * 100_000), "is no JSON"),
         (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "holds no readable artifact"),
         (lambda folder: (folder / MANIFEST_FILE).unlink(), "holds no readable artifact"),
         (lambda folder: weights_of(folder).unlink(), "lacks the weights that its manifest names"),
