@@ -1,5 +1,7 @@
 """The Kubernetes manifests, against the published schemas, and what they promise about who reaches the hospital."""
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from services.runtime import read_settings
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 KUSTOMIZE = "kustomization.yaml"
+NAME = re.compile(r"zo_gateway_\w+")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -83,6 +86,29 @@ def test_the_autoscaler_asks_for_a_metric_that_the_gateway_has() -> None:
     metrics.watch(Accounts(Budget()), {"images": Admission(1)}, lambda: ("1", "id"))
     (metric,) = MANIFESTS["gateway-HorizontalPodAutoscaler"]["spec"]["metrics"]
     assert f"# TYPE {metric['pods']['metric']['name']} gauge" in generate_latest(metrics.registry).decode()
+
+
+def test_the_dashboard_asks_for_what_the_gateway_exports() -> None:
+    metrics = Metrics()
+    metrics.watch(Accounts(Budget()), {"images": Admission(1)}, lambda: ("1", "id"))
+    exported = set()
+    for family in metrics.registry.collect():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        exported |= {family.name + suffix for suffix in suffixes}
+    dashboard = json.loads((FOLDER.parent / "monitoring" / "dashboard.json").read_text())
+    asked = {name for panel in dashboard["panels"] for one in panel["targets"] for name in NAME.findall(one["expr"])}
+    assert len(asked) > 10
+    assert asked <= exported
+
+
+def test_compose_mounts_files_that_are_there_and_scrapes_the_port_that_is_served() -> None:
+    compose = yaml.safe_load((FOLDER.parents[1] / "docker-compose.yml").read_text())
+    mounts = [one for service in ("prometheus", "grafana") for one in compose["services"][service]["volumes"]]
+    for mount in mounts:
+        assert (FOLDER.parents[1] / mount.partition(":")[0]).is_file(), mount
+    (job,) = yaml.safe_load((FOLDER.parent / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    port = compose["services"]["gateway"]["environment"]["GATEWAY_METRICS_PORT"]
+    assert job["dns_sd_configs"] == [{"names": ["gateway"], "type": "A", "port": int(port), "refresh_interval": "10s"}]
 
 
 def test_settings_in_the_manifests_are_the_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
