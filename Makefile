@@ -10,7 +10,7 @@ SECONDS ?= 300
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos fuzz load audit lint format compose-check clean
+.PHONY: help install demo test chaos fuzz load bench audit lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,11 @@ fuzz: install ## Coverage-guided fuzzing of all that reads foreign bytes, SECOND
 
 load: install ## The gateway at twice its capacity, after make demo: goodput, latencies, memory.
 	$(BIN)/python -m benchmarks.load --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds --seconds $(SECONDS)
+
+bench: install ## Ratios, after make demo: what the gateway adds to an answer, its modes, what HTTP costs zo_fit.
+	$(BIN)/python -m benchmarks.latency --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
+	$(BIN)/python -m benchmarks.gateway_modes --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
+	$(BIN)/python -m benchmarks.zo_throughput --model $(OUT)/phantom/victim --artifact $(OUT)/phantom/pretrained/denoiser
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable

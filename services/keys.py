@@ -47,8 +47,8 @@ class Rate:
 
     Attributes:
         images_per_second: in the long run; None: any number.
-        burst: at once, after a pause. A larger request waits for as long as it takes to have been saved up for, from an
-            empty purse: a bound on the rate is none on the size.
+        burst: at once, after a pause. A larger request is let in after a pause too, and paid off before the next one: a
+            bound on the rate is none on the size.
     """
 
     images_per_second: float | None = None

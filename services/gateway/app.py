@@ -154,6 +154,7 @@ def make_gateway(
     @app.post("/v2/models/{name}/versions/{version}/infer", responses=ANSWERS)
     async def infer(request: Request, asked: Asking, name: str, version: str | None = None) -> Response:
         """Scores for a batch as OIP tensors."""
+        access.client(asked.key)  # strangers are not told either which models there are
         check_model(name, version)
         return await defend(request, asked, tensors_only=True)
 
