@@ -98,6 +98,7 @@ def test_errors_reach_the_client_with_their_words(client: triton.InferenceServer
     good = tensor(triton, IMAGES)
     asked: list[tuple[str, dict[str, Any], str]] = [
         ("404", {"model_name": "other", "inputs": [good]}, "unknown model 'other'"),
+        ("504", {"model_name": "defended", "inputs": [good], "timeout": 1}, "time that this request has is over"),
         ("400", {"model_name": "defended", "inputs": [tensor(triton, IMAGES[:, :, :8])]}, "expected shape"),
         (
             "400",
