@@ -30,7 +30,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
     parser.add_argument("--rounds", type=cli.positive_int, default=300, help="images each way (default 300)")
-    parser.add_argument("--max-delay-ms", type=float, default=2.0, help="of both services' batching (default 2)")
+    parser.add_argument(
+        "--max-delay-ms", type=float, default=0.0, help="of the gateway's batching (default 0, as its own)"
+    )
     return cli.run(_measure, parser, None)
 
 
@@ -44,7 +46,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         response = http.post(f"{url}/predict", content=body, headers=headers).raise_for_status()
         oip.decode_response(response.content, oip.header_length(response.headers.get(oip.HEADER)))
 
-    flags = ["--max-delay-ms", f"{arguments.max_delay_ms:g}", "--detection", "off"]
+    flags = ["--max-delay-ms", f"{arguments.max_delay_ms:g}"]
     seconds: dict[str, list[float]] = {"sanitize here, ask the hospital": [], "ask the gateway": []}
     with defended(arguments, flags) as urls, httpx.Client(timeout=60) as http, torch.inference_mode():
 

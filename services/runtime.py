@@ -43,7 +43,10 @@ class ServiceSettings(BaseSettings):
     threads: int = Field(0, ge=0, description="CPU threads of the device's work; 0 leaves the choice to PyTorch")
     max_batch: int = Field(256, ge=1, description="most images in one batch for the device")
     max_delay_ms: float = Field(
-        2.0, ge=0, le=1000, description="how long a batch waits for more images, in milliseconds"
+        0.0,
+        ge=0,
+        le=1000,
+        description="how long a batch waits for more images, in milliseconds; by default while the one before it runs",
     )
     max_queue: int = Field(16384, ge=1, description="images waiting or in work beyond which requests are answered 429")
     deadline_s: float = Field(
