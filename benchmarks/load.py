@@ -66,7 +66,8 @@ class Generator:
 
     def __init__(self, url: str, body: bytes, headers: dict[str, str], process: psutil.Process) -> None:
         self._url, self._body, self._headers, self._process = url, body, headers, process
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # Given up before the service closes idle connections: who is just sending then gets an error.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
         self._http = httpx.AsyncClient(timeout=120, limits=limits)
 
     async def closed(self, clients: int, seconds: float) -> Seen:

@@ -37,7 +37,7 @@ class Admission:
         """Images in work."""
         return self._images
 
-    def check(self, images: int = 1) -> None:
+    def check(self, images: int) -> None:
         """Refuses now what `admit` would refuse, before more work is put into it.
 
         Raises:

@@ -94,8 +94,6 @@ def make_gateway(
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(asked.mode, asked.n)
             queue = admission_of_copies if plan.copies else admission
-            if not asked.dry_run:
-                queue.check()  # beyond capacity, nobody's body is read and looked at to be refused
             call = await read_call(
                 request,
                 defence.shape,
@@ -113,7 +111,9 @@ def make_gateway(
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
             return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defence.signature)
-        queue.check(queries)
+        queue.check(
+            queries
+        )  # before anything is looked at; before the body was read, who still sends might not see why
         access.take(client, len(call.images))
         account = accounts.of(client.name)
         await detector.watch(client.name, account, call.images)

@@ -74,7 +74,6 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
-        admission.check()
         call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
         access.take(client, len(call.images))
         return await deadlines.attended(request, decide(call))
