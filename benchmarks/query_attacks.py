@@ -42,7 +42,7 @@ from tqdm import tqdm
 from benchmarks.running import add_image_arguments, add_model_arguments, defended
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
-from services.gateway.fingerprints import History, fingerprints
+from services.gateway.fingerprints import History, digests, fingerprints
 from services.protocol import oip
 from training import cli
 from training.datasets import load_data
@@ -179,8 +179,9 @@ def _recompressed(image: Tensor, quality: int) -> Tensor:
 def first_suspected(sent: list[npt.NDArray[np.float32]], near: int, radius: float) -> tuple[int | None, int]:
     """After how many images a stream is suspected first (None: never), and how many of its images are."""
     history = History(radius, window_s=float("inf"))
-    seen = enumerate(zip(sent, fingerprints(np.stack(sent)), strict=True))
-    flags = [history.meet(image, its_print, float(place)).near >= near for place, (image, its_print) in seen]
+    images = np.stack(sent)
+    seen = enumerate(zip(fingerprints(images), digests(images), strict=True))
+    flags = [history.meet(its_print, digest, float(place)).near >= near for place, (its_print, digest) in seen]
     return (flags.index(True) + 1 if any(flags) else None), sum(flags)
 
 

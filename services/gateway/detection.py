@@ -15,10 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+import anyio.to_thread
+
 from services.batching import Admission, Array
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
-from services.gateway.fingerprints import History, fingerprints
+from services.gateway.fingerprints import Digests, Fingerprints, History, digests, fingerprints
 from services.protocol.errors import AttackSuspected
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,8 @@ class Detector:
             return
         history = self._history(name)
         suspected, ends_in_s = 0, 0.0
-        for image in images:
-            met = history.meet(image, fingerprints(image[None])[0], self._clock())
+        for fingerprint, digest in zip(*await anyio.to_thread.run_sync(_looked_at, images), strict=True):
+            met = history.meet(fingerprint, digest, self._clock())
             await asyncio.sleep(0)  # a large batch shall not keep others waiting
             if met.near < self._settings.detection_near:
                 continue
@@ -94,3 +96,7 @@ class Detector:
         if len(self._histories) > MAX_HISTORIES:
             self._histories.popitem(last=False)
         return history
+
+
+def _looked_at(images: Array) -> tuple[Fingerprints, Digests]:
+    return fingerprints(images), digests(images)

@@ -10,12 +10,11 @@ not counted: the answer to it teaches nothing new, and honest clients repeat the
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.nn import functional
 
 from services.batching import Array
 
@@ -29,6 +28,7 @@ SIDE: Final = 16
 """A fingerprint is the image in grey, SIDE x SIDE pixels, each the mean of what it covers."""
 
 Fingerprints = npt.NDArray[np.float32]
+Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,26 @@ def fingerprints(images: Array) -> Fingerprints:
         (N, SIDE * SIDE) in [0,1]. The distance of two of them, as `History` takes it, is the root of the mean square of
         their difference.
     """
-    # A copy: images of a request may be a view of its body, which PyTorch warns of.
-    small = functional.adaptive_avg_pool2d(torch.tensor(images).clamp(0, 1), SIDE).mean(dim=1)
-    grey: Fingerprints = small.flatten(start_dim=1).numpy()
-    return grey
+    # Products with narrow matrices, not PyTorch's pooling: its threads would take the sanitizer's cores.
+    grey = images.clip(0, 1).mean(axis=1)
+    small: Fingerprints = _pooling(images.shape[2]) @ grey @ _pooling(images.shape[3]).T
+    return small.reshape(len(images), SIDE * SIDE)
+
+
+@lru_cache(maxsize=64)
+def _pooling(size: int) -> npt.NDArray[np.float32]:
+    """(SIDE, size): row i is the mean over what pixel i of SIDE covers, at least one of `size` pixels."""
+    matrix = np.zeros((SIDE, size), np.float32)
+    for place in range(SIDE):
+        begin, end = place * size // SIDE, -(-(place + 1) * size // SIDE)
+        matrix[place, begin:end] = 1 / (end - begin)
+    return matrix
+
+
+def digests(images: Array) -> Digests:
+    """What tells images (N,C,H,W) apart to the last bit: (N,)."""
+    hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
+    return np.array([int.from_bytes(one) for one in hashes], np.uint64)
 
 
 class History:
@@ -77,24 +93,23 @@ class History:
         """Remembers nothing yet."""
         self._radius = radius
         self._window_s = window_s
-        self._prints = np.zeros((GROUPS, SIDE * SIDE), np.uint8)
+        self._prints = np.zeros((GROUPS, SIDE * SIDE), np.uint8)  # in steps of 1/255
+        self._squares = np.zeros(GROUPS)  # of the prints' norms
         self._counts = np.zeros(GROUPS, np.int64)
         self._since = np.zeros(GROUPS)
         self._met = np.full(GROUPS, -np.inf)
         self._repeats = np.zeros(REPEATS, np.uint64)
         self._next_repeat = 0
 
-    def meet(self, image: Array, fingerprint: Fingerprints, now: float) -> Meeting:
+    def meet(self, fingerprint: Fingerprints, digest: np.uint64, now: float) -> Meeting:
         """Remembers an image, and says whom it met.
 
         Args:
-            image: (C,H,W).
-            fingerprint: its own.
+            fingerprint: the image's, of `fingerprints`.
+            digest: the image's, of `digests`.
             now: seconds, from any start.
         """
-        coarse = np.round(fingerprint * 255)
-        group = self._group(coarse, now)
-        digest = np.uint64(int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest()))
+        group = self._group(np.round(fingerprint * 255), now)
         is_new = not (self._repeats == digest).any()
         if is_new:
             self._repeats[self._next_repeat] = digest
@@ -105,12 +120,16 @@ class History:
     def _group(self, coarse: Fingerprints, now: float) -> int:
         """The group that a fingerprint in steps of 1/255 belongs to, made if there is none."""
         known = self._met > -np.inf
-        distances = np.where(known, np.square(self._prints - coarse).mean(axis=1), np.inf)
+        # |p - c|^2 = |p|^2 - 2 p.c + |c|^2. Exact: a product of two prints is a whole number below 2^24.
+        square = float(coarse @ coarse)
+        products = (self._prints.astype(np.float32) @ coarse).astype(np.float64)
+        distances = np.where(known, self._squares - 2 * products + square, np.inf)
         group = int(distances.argmin())
-        is_new = distances[group] > (self._radius * 255) ** 2
+        is_new = distances[group] > (self._radius * 255) ** 2 * SIDE**2
         if is_new:
             group = int(self._met.argmin())
             self._prints[group] = coarse
+            self._squares[group] = square
         if is_new or now >= self._since[group] + self._window_s:
             self._counts[group] = 0
             self._since[group] = now

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from services.gateway import fingerprints as module
-from services.gateway.fingerprints import SIDE, History, fingerprints
+from services.gateway.fingerprints import SIDE, History, digests, fingerprints
 
 
 def picture(seed: int, shape: tuple[int, int, int] = (1, 64, 64)) -> np.ndarray:
@@ -14,7 +14,7 @@ def picture(seed: int, shape: tuple[int, int, int] = (1, 64, 64)) -> np.ndarray:
 
 
 def meet(history: History, image: np.ndarray, now: float = 0.0) -> module.Meeting:
-    return history.meet(image, fingerprints(image[None])[0], now)
+    return history.meet(fingerprints(image[None])[0], digests(image[None])[0], now)
 
 
 def variants(image: np.ndarray, count: int, amount: float = 4 / 255) -> list[np.ndarray]:
