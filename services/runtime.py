@@ -41,7 +41,9 @@ class ServiceSettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="CPU threads of the device's work; 0 leaves the choice to PyTorch")
-    max_batch: int = Field(256, ge=1, description="most images in one batch for the device")
+    max_batch: int = Field(
+        64, ge=1, description="most images in one batch for the device; larger ones leave a CPU's caches"
+    )
     max_delay_ms: float = Field(
         0.0,
         ge=0,

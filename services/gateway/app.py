@@ -29,8 +29,8 @@ from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
 from services.keys import Client, KeySent
 from services.protocol import deadlines, oip
-from services.protocol.calls import REQUEST, Call, read_call
-from services.protocol.errors import NotFound, Unavailable
+from services.protocol.calls import REQUEST, Call, discard_body, read_call
+from services.protocol.errors import NotFound, Overloaded, Unavailable
 from services.protocol.http import make_app
 from services.protocol.replies import answer
 from services.runtime import access_of
@@ -94,6 +94,12 @@ def make_gateway(
         with versions.current.in_use() as defence:
             plan = defence.modes.plan(asked.mode, asked.n)
             queue = admission_of_copies if plan.copies else admission
+            if not asked.dry_run:
+                try:
+                    queue.check(plan.queries(1))
+                except Overloaded:
+                    await discard_body(request)
+                    raise
             call = await read_call(
                 request,
                 defence.shape,
@@ -111,9 +117,7 @@ def make_gateway(
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
             return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defence.signature)
-        queue.check(
-            queries
-        )  # before anything is looked at; before the body was read, who still sends might not see why
+        queue.check(queries)  # before anything is looked at
         access.take(client, len(call.images))
         account = accounts.of(client.name)
         await detector.watch(client.name, account, call.images)
@@ -195,7 +199,11 @@ def make_gateway(
                         {"name": output, "datatype": datatype, "shape": [-1, *of_one(scores)]}
                         for output, (datatype, of_one) in OUTPUTS[plan.mode].items()
                     ],
-                    "parameters": {**defence.signature.parameters, "modes": ",".join(defence.modes.allowed)},
+                    "parameters": {
+                        **defence.signature.parameters,
+                        "modes": ",".join(defence.modes.allowed),
+                        "runtime": defence.pipeline.runtime,
+                    },
                 }
             )
 

@@ -141,6 +141,20 @@ async def read_call(
     return call
 
 
+async def discard_body(request: Request) -> None:
+    """Takes a body that nobody looks at: who is answered while sending may lose the answer with the connection.
+
+    Raises:
+        ServiceError: it is too large, does not come in time, or its sender is gone.
+    """
+    try:
+        async with in_time():
+            async for _ in request.stream():
+                pass
+    except ClientDisconnect as error:
+        raise ClientGone("the connection ended before the body did") from error
+
+
 async def _uploaded(request: Request) -> tuple[bytes, Sequence[object]]:
     """The content of the form's file, and the form's fields that name a frame."""
     try:
