@@ -8,6 +8,8 @@ import torch
 
 # Models here are tiny: a second thread would cost more in waiting than it saves in work.
 torch.set_num_threads(1)
+# Gateways of the tests start at once: others take seconds to be compiled, and have tests of their own.
+os.environ.setdefault("GATEWAY_RUNTIME", "torch")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from defense.segmentation_smoothing import TAU
+from services.gateway.runtimes import RuntimeName
 from services.protocol.client import WireName
 from services.runtime import ServiceSettings
 
@@ -46,6 +47,11 @@ class GatewaySettings(ServiceSettings):
     model_name: str = Field("defended", min_length=1, description="name of the model under /v2/models")
     timeout_s: float = Field(60.0, gt=0, description="seconds to wait for the victim before answering 504")
     forward_batch: int = Field(256, ge=1, description="most images in one request to the victim")
+    runtime: RuntimeName = Field(
+        "auto",
+        description="what computes the sanitizer: auto (of those installed the fastest that agrees with torch), torch, "
+        "bfloat16, compile, onnxruntime or openvino (pip install 'zo-gateway[runtimes]')",
+    )
     in_flight: int = Field(16, ge=1, description="most requests to the victim at once")
 
     modes: Annotated[tuple[Mode, ...], NoDecode] = Field(

@@ -17,6 +17,7 @@ from services.gateway.accounting import Account, Bill
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
+from services.gateway.runtimes import Runtime, load_runtime
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,
@@ -60,9 +61,10 @@ class Pipeline:
 
     Attributes:
         ready: whether the victim says that it is ready.
+        runtime: what computes the sanitizer.
 
     Raises:
-        ServiceError: a URL or the mapping is none, or the device of the settings cannot be used.
+        ServiceError: a URL or the mapping is none, or the device or the runtime of the settings cannot be used.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Pipeline:
             on_resend=lambda images: own.spend("resent", images),
             transport=transport,
         )
+        runtime = load_runtime(settings.runtime, sanitizer, shape, resolve_device(settings.device))
+        self.runtime = runtime.kind
         self._batcher = Batcher(
-            metrics.sanitizing(_sanitizing(sanitizer, resolve_device(settings.device))),
+            metrics.sanitizing(_sanitizing(runtime)),
             max_batch=settings.max_batch,
             max_delay_s=settings.max_delay_ms / 1000,
         )
@@ -208,16 +212,15 @@ def _retold() -> Iterator[None]:
         raise kind(_TOLD[kind], retry_after=error.retry_after) from error
 
 
-def _sanitizing(sanitizer: nn.Module, device: torch.device) -> Callable[[Array], Array]:
+def _sanitizing(runtime: Runtime) -> Callable[[Array], Array]:
     """The function (n,C,H,W) -> (n,C,H,W) that the batcher runs; refuses to return anything that is no image."""
-    sanitizer.to(device).eval()
 
     @torch.inference_mode()
     def run(images: Array) -> Array:
-        sanitized = sanitizer(torch.from_numpy(images).to(device))
+        sanitized = runtime.run(torch.from_numpy(images))
         if sanitized.shape != images.shape or not bool(((sanitized >= 0) & (sanitized <= 1)).all()):
             raise RuntimeError("the sanitizer returned something that is no image in [0,1]")
-        array: Array = sanitized.float().cpu().numpy()
+        array: Array = sanitized.numpy()
         return array
 
     return run

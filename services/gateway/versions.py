@@ -106,7 +106,7 @@ class Versions:
             version = await anyio.to_thread.run_sync(self._read, number)
             if (version.number, version.artifact.manifest.id) == (self.current.number, self.current.manifest.id):
                 return self.current
-            candidate = self._build(version)
+            candidate = await anyio.to_thread.run_sync(self._build, version)
             _check_alike(candidate, self.current)
             await candidate.__aenter__()
             try:
