@@ -12,6 +12,8 @@ import logging
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -118,7 +120,7 @@ def _litserve(artifact: Path, victim: str, port: int) -> None:
     server = litserve.LitServer(
         Served(max_batch_size=_BATCH, batch_timeout=_WAIT_S), accelerator="cpu", workers_per_device=1
     )
-    _announce("litserve", port)
+    _announce_once_it_listens("litserve", port)
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error", access_log=False)
 
 
@@ -165,6 +167,16 @@ def _free_port() -> int:
 
 def _announce(name: str, port: int) -> None:
     print(f"{name} listening on http://127.0.0.1:{port}", flush=True)
+
+
+def _announce_once_it_listens(name: str, port: int) -> None:
+    def wait() -> None:
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return _announce(name, port)
+            time.sleep(0.1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 PEERS: Final[Mapping[str, Callable[[Path, str, int], None]]] = {

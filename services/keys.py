@@ -197,7 +197,7 @@ _header: Final = APIKeyHeader(name="X-API-Key", auto_error=False, description="T
 _bearer: Final = HTTPBearer(auto_error=False, description="The client's key, likewise.")
 
 
-def _sent(
+async def _sent(
     header: Annotated[str | None, Depends(_header)],
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> str | None:

@@ -78,7 +78,7 @@ class Asked:
     key: str | None
 
 
-def asked(
+async def asked(
     mode: ModeAsked = None,
     n: Annotated[
         int | None, Query(ge=1, description="noisy copies in smooth and certify, up to what is configured")

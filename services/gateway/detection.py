@@ -60,7 +60,9 @@ class Detector:
             return
         history = self._history(name)
         suspected, ends_in_s = 0, 0.0
-        for fingerprint, digest in zip(*await anyio.to_thread.run_sync(_looked_at, images), strict=True):
+        # One image is looked at sooner than a thread could be asked to.
+        looked_at = _looked_at(images) if len(images) == 1 else await anyio.to_thread.run_sync(_looked_at, images)
+        for fingerprint, digest in zip(*looked_at, strict=True):
             met = history.meet(fingerprint, digest, self._clock())
             await asyncio.sleep(0)  # a large batch shall not keep others waiting
             if met.near < self._settings.detection_near:

@@ -197,6 +197,7 @@ def _onnxruntime(sanitizer: nn.Module, shape: tuple[int, int, int], _device: tor
     assert exported is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
         exported.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -23,6 +23,9 @@ _FIELD = "file"
 # None: tritonclient's synchronous client sends no type at all. The last one: what `curl -d` says unasked.
 _TENSOR_TYPES = (None, oip.JSON_TYPE, oip.BINARY_TYPE, "application/x-www-form-urlencoded")
 _LEVELS = {"UINT8": 255, "UINT16": 65535}
+_AT_ONCE: Final = 2**16
+"""Bytes of tensors that are decoded sooner than a thread could be asked to."""
+
 MASK_TYPE = "image/png"
 _DICOM_TYPE = "application/dicom"
 _FRAME = "frame"
@@ -133,9 +136,12 @@ async def read_call(
             lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png, _frame(frames))
         )
     json_length = oip.header_length(request.headers.get(oip.HEADER))
-    call, timeout_s = await anyio.to_thread.run_sync(
-        lambda: _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
-    )
+
+    def decode() -> tuple[Call, float | None]:
+        return _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
+
+    at_once = encoding is None and len(body) <= _AT_ONCE
+    call, timeout_s = decode() if at_once else await anyio.to_thread.run_sync(decode)
     if timeout_s is not None:
         narrow(timeout_s)
     return call
