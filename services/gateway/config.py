@@ -53,6 +53,9 @@ class GatewaySettings(ServiceSettings):
         "bfloat16, compile, onnxruntime or openvino (pip install 'zo-gateway[runtimes]')",
     )
     in_flight: int = Field(16, ge=1, description="most requests to the victim at once")
+    merge_beyond: int = Field(
+        2, ge=1, description="requests under way from which on further clients' images travel to the victim together"
+    )
 
     modes: Annotated[tuple[Mode, ...], NoDecode] = Field(
         ("sanitize",),
@@ -106,6 +109,14 @@ class GatewaySettings(ServiceSettings):
     )
     detection_window_s: float = Field(3600.0, gt=0, description="seconds after which near images are counted anew")
     detection_delay_s: float = Field(1.0, ge=0, le=60, description="how long slow lets a request wait, in seconds")
+
+    page: bool = Field(True, description="serve a page for people at /: what the gateway does to an image and answers")
+    page_samples: Path | None = Field(
+        None, description="folder of images to pick from on the page; NAME.attacked.png are shown as attacks"
+    )
+    page_compare: bool = Field(
+        False, description="let the page ask the model about the raw image too, one query more, to show the difference"
+    )
 
     self_test: Path | None = Field(
         None, description="folder of images that a new version is tried on before it answers, beside built-in ones"

@@ -15,6 +15,7 @@ from services.batching import Admission, Array, Batcher
 from services.device import resolve_device
 from services.gateway.accounting import Account, Bill
 from services.gateway.config import GatewaySettings
+from services.gateway.merging import Merger
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 from services.gateway.runtimes import Runtime, load_runtime
@@ -86,18 +87,26 @@ class Pipeline:
         self._admission = admission
         self._metrics = metrics
         self._request_size = settings.forward_batch
+        mapping = load_mapping(settings.victim_mapping)
         self._victim = AsyncVictimClient(
             settings.victim_url,
             batch=settings.forward_batch,
             in_flight=settings.in_flight,
             timeout_s=settings.timeout_s,
             wire=settings.wire,
-            mapping=load_mapping(settings.victim_mapping),
+            mapping=mapping,
             on_resend=lambda images: own.spend("resent", images),
             transport=transport,
         )
         runtime = load_runtime(settings.runtime, sanitizer, shape, resolve_device(settings.device))
         self.runtime = runtime.kind
+        # A victim that takes one image a request is asked about each at once, not about many in turn.
+        takes_many = settings.wire == "tensor" and (mapping is None or mapping.image is None)
+        self._send = (
+            Merger(self._timed, max_images=settings.forward_batch, lanes=settings.merge_beyond)
+            if takes_many
+            else self._timed
+        )
         self._batcher = Batcher(
             metrics.sanitizing(_sanitizing(runtime)),
             max_batch=settings.max_batch,
@@ -121,6 +130,10 @@ class Pipeline:
             await self._batcher.__aexit__(kind, error, trace)
         finally:
             await self._victim.aclose()
+
+    async def sanitize(self, images: Array) -> Array:
+        """The sanitized images (N,C,H,W), which go nowhere."""
+        return await self._batcher(images)
 
     async def ask(self, images: Array, bill: Bill) -> Array:
         """The victim's scores (N,K) or (N,K,H,W) for the sanitized images (N,C,H,W); N queries of the bill.
@@ -147,8 +160,7 @@ class Pipeline:
         """
         with _retold():
             try:
-                with self._metrics.upstream():
-                    scores = await self._victim.infer(images)
+                scores = await self._send(images)
             except (UpstreamUnreachable, CircuitOpen) as error:
                 not_sent = isinstance(error, CircuitOpen) or isinstance(error.__cause__, _NOT_SENT)
                 # Of several requests, others may have been sent.
@@ -161,6 +173,10 @@ class Pipeline:
             )
         self._learned_shape = scores.shape[1:]
         return scores
+
+    async def _timed(self, images: Array) -> Array:
+        with self._metrics.upstream():
+            return await self._victim.infer(images)
 
     async def names(self, images: Array, classes: int) -> Sequence[str]:
         """The names of the classes: the artifact's, or the victim's own, asked for once; else numbers.

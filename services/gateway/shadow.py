@@ -20,6 +20,7 @@ import numpy as np
 from services.batching import Admission, Array
 from services.gateway.accounting import Bill
 from services.gateway.pipeline import Forward
+from services.protocol import deadlines
 from services.protocol.errors import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Shadow:
 
     async def _compare(self, images: Array, answered: Array, bill: Bill, room: ExitStack) -> None:
         counts = bill.account.shadow
+        deadlines.lift()
         with room:
             try:
                 raw = await self._forward(images.clip(0, 1), partial(bill.refund, purpose=PURPOSE))

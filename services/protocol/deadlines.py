@@ -55,6 +55,11 @@ def narrow(seconds: float) -> None:
     _deadline.set(min(_deadline.get(), asyncio.get_running_loop().time() + seconds))
 
 
+def lift() -> None:
+    """Takes the deadline off this task, whose work goes on when the request that began it is answered."""
+    _deadline.set(math.inf)
+
+
 def left_s() -> float:
     """Seconds that are left of this task's request, perhaps below 0; infinite where it has no deadline."""
     deadline = _deadline.get()

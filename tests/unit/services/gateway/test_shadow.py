@@ -7,6 +7,7 @@ import pytest
 
 from services.gateway.accounting import Account, Budget
 from services.gateway.shadow import Shadow, disagreements
+from services.protocol import deadlines
 from services.protocol.errors import UpstreamTimeout, UpstreamUnreachable
 
 pytestmark = pytest.mark.anyio
@@ -150,3 +151,23 @@ async def test_what_is_in_work_at_the_end_is_given_up() -> None:
         await asyncio.sleep(0.01)
     assert ended
     assert not account.shadow
+
+
+async def test_the_deadline_of_the_request_does_not_hold_for_what_goes_on_behind_its_back() -> None:
+    left: list[float] = []
+
+    async def forward(_images: np.ndarray, _refund: Refund) -> np.ndarray:
+        left.append(deadlines.left_s())
+        return CLASSES[[0, 1, 1, 0]]
+
+    async def request() -> None:
+        deadlines.narrow(1.0)
+        with account.bill("sanitize", 4) as bill:
+            shadow.watch(IMAGES, CLASSES[[0, 1, 1, 0]], bill)
+        assert deadlines.left_s() <= 1.0
+
+    account = Account(Budget(10))
+    async with Shadow(forward, max_images=8, least_dice=0.8) as shadow:
+        await asyncio.create_task(request())
+        await settle(account, 4)
+    assert left == [float("inf")]
