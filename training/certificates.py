@@ -22,6 +22,7 @@ from training.datasets import ImageSet
 from training.measuring import number_list
 from training.results import bootstrap_interval
 from training.scoring import worst_case
+from training.team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ def add_certificate_arguments(parser: argparse.ArgumentParser, *, n: int, radii:
     add = parser.add_argument
     add("--sigma", type=positive_float, default=0.25, help="noise, in units of [0,1] (default 0.25)")
     add("--n0", type=positive_int, help=f"samples that choose the class (default {_CLASS_N0}; of pixels {n0_mask})")
-    add("--n", type=positive_int, help=f"samples that bound it (default {n}; of pixels {n_mask})")
+    # Its second name is for torchrun, which takes --n for the beginning of flags of its own.
+    bound = f"samples that bound it (default {n}; of pixels {n_mask})"
+    add("--n", "--samples", type=positive_int, help=bound)
     add("--alpha", type=_probability, default=0.001, help="failure probability (default 0.001)")
     add("--tau", type=_majority, help=f"of masks: share of the samples that must agree on a pixel (default {TAU})")
     add("--radii", type=number_list, help=f"comma-separated L2 radii ({told}; of masks the one that tau gives)")
@@ -145,8 +148,11 @@ def certify_images(
     settings: Settings,
     *,
     batch: int = 1024,
+    team: Team = ALONE,
 ) -> list[ClassLine | MaskLine]:
     """Certifies what an output file lacks, adding a line an image as soon as it is known.
+
+    Of several processes each takes an image at a time, and the first one writes; the lines are those of one process.
 
     Args:
         classifier: The base classifier.
@@ -155,20 +161,25 @@ def certify_images(
         path: The output file; see `open_output`, also for the errors.
         settings: What determines its lines.
         batch: Noisy images made at once.
+        team: The processes that share the images.
 
     Returns:
         The lines of all images, in their order.
     """
-    done = open_output(path, settings)
+    done = team.told(lambda: open_output(path, settings))
     make = _class_line if settings.tau is None else _mask_line
-    with path.open("a", encoding="utf-8") as file:
-        for place, index in enumerate(tqdm(indices, desc=f"certify {settings.name}", unit="image", disable=None)):
-            if index in done:
-                continue
-            line = make(classifier, chosen.subset([place]), index, settings, batch)
-            file.write(json.dumps(asdict(line)) + "\n")
-            file.flush()
-            done[index] = line
+    missing = [(place, index) for place, index in enumerate(indices) if index not in done]
+    hidden = None if team.is_first else True
+    with tqdm(total=len(missing), desc=f"certify {settings.name}", unit="image", disable=hidden) as bar:
+        for begin in range(0, len(missing), team.size):
+            mine = missing[begin + team.rank : begin + team.rank + 1]
+            own = [make(classifier, chosen.subset([place]), index, settings, batch) for place, index in mine]
+            lines = [line for part in team.all(own) for line in part]
+            done.update((line.index, line) for line in lines)
+            if team.is_first:
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+            bar.update(len(lines))
     return [done[index] for index in indices]
 
 

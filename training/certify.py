@@ -10,6 +10,8 @@ The output is one JSON object a line: first the settings, then an image a line a
 that was stopped goes on where it was when the same command is given again. Certified accuracy at a radius is the share
 of images answered right with at least that radius; an abstention counts as wrong, also that of --stop-early. The rows
 in the results file do not hold sigma: give a defence that is certified at several a --name for each.
+
+With `torchrun --nproc-per-node N -m training.certify ...` N processes share the images; the certificates are the same.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from training.measuring import (
     identify,
 )
 from training.results import Row, align, score_row, write_rows
+from training.team import joined
 
 
 def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:
@@ -50,8 +53,8 @@ def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
     settle_certificate(arguments, chosen)
     path = arguments.out or Path("artifacts/certify") / f"{arguments.name}.jsonl"
     channels, height, width = chosen.images.shape[1:]
-    with connect(arguments.url) as endpoint:
-        identity = identify(endpoint, arguments.url, chosen.images[0], splits.labels)
+    with joined() as team, connect(arguments.url) as endpoint:
+        identity = team.told(lambda: identify(endpoint, arguments.url, chosen.images[0], splits.labels))
         settings = Settings(
             name=arguments.name,
             artifact=identity.artifact,
@@ -67,7 +70,9 @@ def _certify(arguments: argparse.Namespace, connect: Connect) -> int:
             stop_early=arguments.stop_early and arguments.tau is None,
             tau=arguments.tau,
         )
-        lines = certify_images(endpoint, chosen, indices, path, settings, batch=arguments.batch)
+        lines = certify_images(endpoint, chosen, indices, path, settings, batch=arguments.batch, team=team)
+        if not team.is_first:
+            return 0
     _report(lines, arguments.radii, settings)
     write_rows(arguments.results, _rows(lines, arguments.radii, settings, identity.queries))
     print(f"Every image in {path}; rows added to {arguments.results}")

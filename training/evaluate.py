@@ -12,6 +12,8 @@ the victim runs in this process, and so do artifacts (--artifact NAME=DIR) and t
     python -m training.evaluate --data DIR --victim artifacts/victim --pretrained artifacts/pretrained \
         --baselines noise,jpeg,blur,median,ae,mse,mse-ae --artifact ours=artifacts/defense
 
+With `torchrun --nproc-per-node N -m training.evaluate ...` N processes share the images.
+
 Of a segmenter the scores are Dice and IoU, and the Dice of small lesions apart.
 
 DDN is minimum-norm and yields two metrics beside the scores at the images that it made for the bare victim. `median_l2`
@@ -33,7 +35,6 @@ from torch import Tensor, nn
 
 from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
-from services.device import resolve_device
 from services.hospital.model import load_victim
 from training.cli import UserError, add_device_argument, positive_float, run
 from training.datasets import Splits, load_data
@@ -55,6 +56,7 @@ from training.noise import with_noise
 from training.results import NO_DEFENCE, format_table, write_rows
 from training.runs import Run, build_front
 from training.scoring import SMALL, TITLES, main_metric
+from training.team import Team, joined
 from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05
@@ -96,12 +98,17 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> in
 
 
 def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
-    device = resolve_device(arguments.device)
     names = [NO_DEFENCE, *arguments.baselines, *(name for name, _ in (*arguments.artifact, *arguments.gateway))]
     if len(set(names)) != len(names):
         raise UserError("every --gateway, --artifact and baseline needs a name of its own")
     if arguments.pretrained is None and any(METHODS[name].kind in _PRETRAINED for name in arguments.baselines):
         raise UserError("these baselines are pre-trained: make them with training.pretrain, and name --pretrained")
+    with joined() as team:
+        return _measure(arguments, connect, team)
+
+
+def _measure(arguments: argparse.Namespace, connect: Connect, team: Team) -> int:
+    device = team.device(arguments.device)
     model, config = load_victim(arguments.victim)
     model = model.to(device).eval()
     splits = load_data(arguments)
@@ -121,6 +128,9 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             arguments.victim,
         )
 
+    if len(chosen) < team.size:
+        raise UserError(f"{len(chosen)} images are too few for {team.size} processes: raise --limit")
+
     with ExitStack() as clients:
         if arguments.victim_url is None:
             bare: Endpoint = clients.enter_context(in_process(arguments.victim, device, splits))
@@ -128,8 +138,8 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             bare = clients.enter_context(connect(arguments.victim_url))
             if identify(bare, arguments.victim_url, chosen.images[0], splits.labels).artifact is not None:
                 raise UserError(f"a gateway answers at {arguments.victim_url}: --victim-url must name the bare victim")
-            check_weights(model, device, bare, arguments.victim_url, chosen.images)
-        defences = [Defence(NO_DEFENCE, bare, 0), *_in_front(arguments, bare, splits, device)]
+            team.told(lambda: check_weights(model, device, bare, arguments.victim_url, chosen.images))
+        defences = [Defence(NO_DEFENCE, bare, 0), *_in_front(arguments, bare, splits, device, team)]
         for name, url in arguments.gateway:
             endpoint = clients.enter_context(connect(url))
             identity = identify(endpoint, url, chosen.images[0], splits.labels)
@@ -146,6 +156,7 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             images=chosen.images,
             labels=chosen.labels,
             defences=tuple(defences),
+            team=team,
         )
         rows = experiment.clean()
         for attack in attacks:
@@ -155,6 +166,8 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
             epsilons = arguments.epsilons_l2 if ATTACKS[attack].norm == "l2" else arguments.epsilons_linf
             for epsilon in epsilons:
                 rows += experiment.bounded(attack, epsilon)
+    if not team.is_first:
+        return 0
     write_rows(arguments.results, rows)
     where = "in process" if arguments.victim_url is None else "over HTTP"
     print(
@@ -171,10 +184,10 @@ def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
 
 
 def _in_front(
-    arguments: argparse.Namespace, victim: Endpoint, splits: Splits, device: torch.device
+    arguments: argparse.Namespace, victim: Endpoint, splits: Splits, device: torch.device, team: Team
 ) -> Iterator[Defence]:
     """The defences that run in this process, in front of the victim wherever that is."""
-    source = torch.Generator().manual_seed(arguments.seed)
+    source = torch.Generator().manual_seed(arguments.seed + team.rank)
 
     def noisy(images: Tensor) -> Tensor:
         """One noisy copy; the smoothed victim is `training.certify`'s and `training.compare`'s."""

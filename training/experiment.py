@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
 from training.results import NO_DEFENCE, Row, bootstrap_interval, finite
 from training.scoring import main_score, scores
+from training.team import ALONE, Team
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Experiment:
         images: (N,C,H,W) float32 in [0,1], on the CPU.
         labels: (N,) int64 true classes, or (N,H,W) true masks.
         defences: Where the images are sent, the bare victim first.
+        team: The processes that share the images; all have all of the above.
     """
 
     dataset: str
@@ -49,6 +51,7 @@ class Experiment:
     images: Tensor
     labels: Tensor
     defences: tuple[Defence, ...]
+    team: Team = ALONE
 
     def clean(self) -> list[Row]:
         """Scores on the images as they are."""
@@ -72,18 +75,20 @@ class Experiment:
         for defence in self.defences:
             if defence.name == NO_DEFENCE:
                 rows.append(self._median(defence, attack, "median_l2", norms[right]))
-            scaled = scaled_norms(defence.endpoint, self.images[right], adversarials[right], self.labels[right])
-            rows.append(self._median(defence, attack, "median_l2_scaled", scaled))
+            own = right.nonzero().squeeze(1)[self.team.share(int(right.sum()))]
+            scaled = scaled_norms(defence.endpoint, self.images[own], adversarials[own], self.labels[own])
+            rows.append(self._median(defence, attack, "median_l2_scaled", self.team.gather(scaled)))
         return rows
 
     def _craft(self, attack: str, epsilon: float | None) -> Tensor:
-        images, labels = self.images.to(self.device), self.labels.to(self.device)
-        return craft(attack, self.model, images, labels, epsilon, seed=self.seed).cpu()
+        own = self.team.share(len(self.images))
+        images, labels = self.images[own].to(self.device), self.labels[own].to(self.device)
+        return self.team.gather(craft(attack, self.model, images, labels, epsilon, seed=self.seed).cpu())
 
     def _scores(self, images: Tensor, attack: str, norm: str, epsilon: float | None) -> list[Row]:
         rows = []
         for defence in self.defences:
-            answers = defence.endpoint(images).argmax(dim=1)
+            answers = self.team.gather(defence.endpoint(images[self.team.share(len(images))]).argmax(dim=1))
             for metric, values in scores(answers, self.labels).items():
                 low, high = bootstrap_interval(values.numpy(), seed=self.seed)
                 mean = values.mean().item()

@@ -26,12 +26,14 @@ class Student:
         surrogate: It.
         folder: Where its answers are kept.
         trained: Whether its first long training is done.
+        writes: Whether its place on disk is this one's to change; of several processes, the first one's.
     """
 
-    def __init__(self, surrogate: Surrogate, run: Path) -> None:
+    def __init__(self, surrogate: Surrogate, run: Path, *, writes: bool = True) -> None:
         self.surrogate = surrogate
         self.folder = run / FOLDER_NAME
         self.trained = False
+        self.writes = writes
         self._saved = {"values": 0, "slopes": 0}
 
     def watch(self, z: Tensor, points: Tensor, owners: Tensor, images: Tensor, scores: Tensor, kind: ScoreKind) -> None:
@@ -91,19 +93,20 @@ class Student:
             answers.append(rows)
             self._saved[name] = count
 
-    @staticmethod
-    def _read(path: Path, empty: Tensor, count: int) -> Tensor:
+    def _read(self, path: Path, empty: Tensor, count: int) -> Tensor:
         """The first `count` rows of a column's file, which is cut to them."""
         size = count * math.prod(empty.shape[1:]) * empty.element_size()
         data = bytearray(path.read_bytes()[:size]) if path.exists() else bytearray()
         if len(data) < size:
             raise UserError(f"{path} holds fewer answers than the checkpoint names, so it was cut: name another --out")
-        if path.exists():
+        if self.writes and path.exists():
             os.truncate(path, size)
         return torch.frombuffer(data, dtype=empty.dtype).view(count, *empty.shape[1:]) if count else empty
 
     def delete(self) -> None:
         """Removes what it learned from."""
+        if not self.writes:
+            return
         for path in self.folder.glob("*.rows"):
             path.unlink()
         if self.folder.exists():

@@ -3,6 +3,7 @@
     python -m training.zo_fit --victim-url http://127.0.0.1:8000 --data phantom --sigma 0.25 --out artifacts/defense
     python -m training.zo_fit --victim-url URL --data DIR --sanitizer denoiser --max-queries 100000 --out OUT
     python -m training.zo_fit --victim-url URL --data DIR --estimator cge --out OUT --resume
+    torchrun --nproc-per-node 2 -m training.zo_fit --victim-url URL ...
 
 The victim is a URL: no weights, no gradients, no labels. --victim-url may be repeated: queries spread over replicas.
 """
@@ -27,7 +28,6 @@ from defense.errors import InvalidAnswer
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.victims import QueryLedger
-from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.errors import ServiceError
 from training import cli, pretrain
@@ -37,6 +37,7 @@ from training.measuring import Endpoint
 from training.meeting import answer_options, meet, meet_again
 from training.presets import PRESETS, expanded
 from training.provenance import settings_of, versions
+from training.team import Team, joined, shared
 from training.validation import Validation
 from training.zo_options import AUTO, add_zo_arguments
 from training.zo_parts import (
@@ -111,16 +112,20 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     refuse_meaningless(arguments, build_parser())
     if arguments.estimator == "exact" and connect is HTTPVictim:
         raise cli.UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
-    device = resolve_device(arguments.device)
     answers = answer_options(arguments)
-    splits = load_data(arguments)
-    settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
     with ExitStack() as stack:
-        journal = Journal(out)
-        stack.callback(journal.close)
-        checkpoint = _checkpoint_to_resume(arguments)
+        team = stack.enter_context(joined())
+        device = team.device(arguments.device)
+        if arguments.batch < team.size:
+            raise cli.UserError(f"--batch {arguments.batch} is too small for {team.size} processes: raise it")
+        splits = load_data(arguments)
+        settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
+        journal = Journal(out) if team.is_first else None
+        if journal is not None:
+            stack.callback(journal.close)
+        checkpoint, spent = team.told(lambda: _resumed(arguments))
         if checkpoint is None:
-            start = _pretrained(arguments, splits)
+            start = _pretrained(arguments, splits, team)
         else:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
@@ -129,18 +134,16 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         build = partial(build_estimator, arguments, start, load_decoder(arguments, splits, device))
         build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
 
-        spent = resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
-        ledger = QueryLedger(arguments.max_queries, spent, journal.write)
-        client = stack.enter_context(
-            connect(
-                arguments.victim_url,
-                batch=arguments.batch_images,
-                in_flight=arguments.in_flight,
-                patience_s=arguments.patience,
-                on_resend=partial(ledger.charge, "resent"),
-                **answers,
-            )
+        ledger = QueryLedger(arguments.max_queries, spent, None if journal is None else journal.write)
+        connected = partial(
+            connect,
+            arguments.victim_url,
+            batch=arguments.batch_images,
+            in_flight=arguments.in_flight,
+            patience_s=arguments.patience,
+            **answers,
         )
+        client = stack.enter_context(shared(connected, team, on_resend=partial(ledger.charge, "resent")))
         victim = metered(client, ledger, arguments)
         if checkpoint is None:
             sample = _some(splits.train.images, _PROBE_IMAGES, arguments.seed)
@@ -178,13 +181,16 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
                 "positions": victim.positions,
                 "mu": mu,
             },
-            student=build_student(arguments, start, len(labels), victim.positions or (), device),
+            student=build_student(arguments, start, len(labels), victim.positions or (), device, writes=team.is_first),
+            team=team,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
             logger.info("resumed after step %d, %d queries spent", trainer.step, ledger.total)
         reason = _train(trainer, ledger)
         served, best = trainer.best_sanitizer()
+        if not team.is_first:
+            return 0
     _report(trainer, reason, best)
     # The artifact last: where it is, the run is finished, and nothing of the surrogate stands beside it.
     replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
@@ -209,6 +215,12 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     )
     print(f"wrote {out} (artifact {manifest.id}); queries spent: {ledger.total} {json.dumps(ledger.spent)}")
     return 0
+
+
+def _resumed(arguments: argparse.Namespace) -> tuple[Checkpoint | None, dict[str, int]]:
+    """The checkpoint to go on from, if any, and what was spent so far."""
+    checkpoint = _checkpoint_to_resume(arguments)
+    return checkpoint, resumed_ledger(arguments.out, {} if checkpoint is None else checkpoint.state["ledger"])
 
 
 def _checkpoint_to_resume(arguments: argparse.Namespace) -> Checkpoint | None:
@@ -237,11 +249,11 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
         raise cli.UserError(f"the run to resume had other settings: {'; '.join(changed)}")
 
 
-def _pretrained(arguments: argparse.Namespace, splits: Splits) -> Sanitizer:
+def _pretrained(arguments: argparse.Namespace, splits: Splits, team: Team) -> Sanitizer:
     """The sanitizer to start from; pre-trains it where --pretrained names none."""
     folder: Path = arguments.pretrained or arguments.out / "pretrained"
     if arguments.pretrained is None:
-        pretrain.fit(arguments, splits, folder)
+        team.told(lambda: pretrain.fit(arguments, splits, folder))
     name = "denoiser" if arguments.sanitizer == "denoiser" else "denoiser+autoencoder"
     return pretrain.load(folder, name, splits, arguments.sigma)
 
@@ -252,7 +264,14 @@ def _some(images: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _train(trainer: Trainer, ledger: QueryLedger) -> str:
-    with tqdm(total=ledger.max_queries, initial=ledger.total, desc="zo_fit", unit="query", unit_scale=True) as bar:
+    with tqdm(
+        total=ledger.max_queries,
+        initial=ledger.total,
+        desc="zo_fit",
+        unit="query",
+        unit_scale=True,
+        disable=not trainer.team.is_first,
+    ) as bar:
 
         def on_step(loss: float) -> None:
             best = "-" if trainer.best is None else f"{trainer.best.agreement:.1%} at step {trainer.best.step}"

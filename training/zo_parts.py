@@ -269,6 +269,8 @@ def build_student(
     classes: int,
     positions: tuple[int, ...],
     device: torch.device,
+    *,
+    writes: bool = True,
 ) -> Student | None:
     """The surrogate, where the method uses one.
 
@@ -278,6 +280,7 @@ def build_student(
         classes: K of the victim.
         positions: The axes of its answers behind the classes.
         device: Where the surrogate learns.
+        writes: Whether this process keeps it on disk.
 
     Raises:
         UserError: The method does not fit what the victim answers.
@@ -291,4 +294,4 @@ def build_student(
         surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
     except ValueError as error:
         raise cli.UserError(f"--slope-weight: {error}") from error
-    return Student(surrogate, arguments.out)
+    return Student(surrogate, arguments.out, writes=writes)

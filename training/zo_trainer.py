@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.errors import BudgetExhausted, DefenseError
-from defense.estimators import Estimator, Loss
-from defense.objectives import denoising_loss, inject_gradient, located_loss, stability_loss
+from defense.estimators import Estimator
+from defense.objectives import denoising_loss, inject_gradient
 from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from training.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore_optimizer, state_copy, under
 from training.noise import with_noise
 from training.student import Student
+from training.team import ALONE, Team
 from training.validation import CleanTargets, Validation, Validator
+from training.zo_loss import loss_behind_border
 from training.zo_settings import FitSettings
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_CHUNK = 1024  # images asked for between checkpoints, before the first step
-_CHUNK = 2048  # images decoded and sent at once: bounds the images in memory, not the points they are decoded from
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Trainer:
         folder: Where checkpoints go.
         run_state: JSON values that belong to the run and that a checkpoint carries along.
         student: Learns from all answers, for the estimators that use a surrogate; None: there is no surrogate.
+        team: The processes that do this together, each with all of the above; the first one writes.
     """
 
     sanitizer: Sanitizer
@@ -52,6 +54,7 @@ class Trainer:
     folder: Path
     run_state: dict[str, Any]
     student: Student | None = None
+    team: Team = ALONE
     step: int = 0
     history: list[Validation] = field(default_factory=list)
     best: Validation | None = None
@@ -128,6 +131,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes all that `restore` needs."""
+        if not self.team.is_first:
+            return
         Checkpoint(
             state={
                 **self.run_state,
@@ -228,15 +233,19 @@ class Trainer:
         clean = self.images[index].to(self._device)
         targets = self._targets.of(index)
         self.sanitizer.train()
-        points = self.sanitizer.encode(self._noisy(clean))
-        loss = self._loss_behind_border(points.detach(), targets)
+        own = self.team.share(len(clean))
+        own_points = self.sanitizer.encode(self._noisy(clean)[own])
+        points = self.team.gather(own_points.detach())
+        loss = loss_behind_border(points, targets, self.sanitizer, self.victim, self.student)
         estimate = self.estimator(points, loss, self._generator)
-        surrogate = inject_gradient(points, estimate.gradient)
+        surrogate = inject_gradient(own_points, estimate.gradient[own])
         if self.settings.mse_weight:
-            error = denoising_loss(self.sanitizer.decode(points), clean).mean()
+            error = denoising_loss(self.sanitizer.decode(own_points), clean[own]).mean()
             surrogate = surrogate + self.settings.mse_weight * error
         self._optimizer.zero_grad()
-        surrogate.backward()
+        (surrogate * (len(own_points) / len(clean))).backward()
+        self.team.sum_gradients(self._parameters)
+        self.team.same_statistics(self.sanitizer)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
         if not torch.isfinite(norm):
             raise DefenseError(
@@ -252,37 +261,6 @@ class Trainer:
             self.student.surrogate.learn(self.student.surrogate.settings.steps)
         self.step += 1
         return estimate.loss.nanmean().item()
-
-    def _loss_behind_border(self, z: Tensor, targets: Tensor) -> Loss:
-        """The stability loss around (N, *shape) points at the border, where what follows are decoder and victim."""
-        kind = self.victim.kind
-        assert kind is not None  # probed
-
-        def answers(points: Tensor, owners: Tensor) -> Tensor:
-            seen, answered = [], []
-            for chunk in points.split(_CHUNK):
-                images = self.sanitizer.decode(chunk)
-                answered.append(self.victim.query(images, "training"))
-                if self.student is not None:
-                    seen.append(images)
-            scores = torch.cat(answered)
-            if self.student is not None:
-                self.student.watch(z, points, owners, torch.cat(seen), scores, kind)
-            return scores
-
-        def black_box(points: Tensor, owners: Tensor) -> Tensor:
-            return stability_loss(answers(points, owners), targets[owners], kind)
-
-        def located(points: Tensor, owners: Tensor) -> Tensor:
-            scores = answers(points, owners)
-            return located_loss(scores, targets[owners], kind, around=scores[owners])
-
-        def surrogate(points: Tensor) -> Tensor:
-            assert self.student is not None
-            return self.student.surrogate.loss(self.sanitizer.decode(points), targets[: len(points)])
-
-        known = None if self.student is None else surrogate
-        return Loss(black_box, known, located if targets.ndim > 1 else None)
 
     def _noisy(self, clean: Tensor) -> Tensor:
         return with_noise(clean, self.settings.sigma, self._generator, self.settings.less_noise)

@@ -5,48 +5,24 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
-import uvicorn
-from torch import Tensor, nn
+from zo_fit_runs import WAIT_S, counting_hospital, free_port, step_of, wait_for
 
 from defense.artifact import load_artifact
-from services.hospital.app import make_hospital
-from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig, build_victim
-from training import pretrain
-from training.checkpoint import Checkpoint, Journal
+from training.checkpoint import Journal
 from training.phantoms import BRAIN_LABELS
 from training.victim_fit import save_victim
 
-SIZE = "32"
-WAIT_S = 120.0
 KILLS = 3 * int(os.environ.get("CHAOS_ROUNDS", "1"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"timed out waiting for {what}")
 
 
 class Hospital:
@@ -70,14 +46,6 @@ class Hospital:
         self._process.stdout.close()
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    arguments = ["--size", SIZE, "--pretrain-steps", "2", "--code", "32", "--out", str(folder)]
-    assert pretrain.main(arguments) == 0
-    return folder
-
-
 @pytest.fixture
 def hospital(tmp_path: Path) -> Iterator[Hospital]:
     torch.manual_seed(0)
@@ -92,63 +60,8 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start_zo_fit(pretrained: Path, tmp_path: Path) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(url: str, *more: str) -> subprocess.Popen[str]:
-        arguments = ["--victim-url", url, "--pretrained", str(pretrained), "--size", SIZE]
-        quick = ["--batch", "4", "--directions", "4", "--validation-images", "8", "--checkpoint-every", "1"]
-        command = [sys.executable, "-m", "training.zo_fit", *arguments, *quick, "--out", str(tmp_path / "out"), *more]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture
 def zo_fit(hospital: Hospital, start_zo_fit: Start) -> Start:
     return partial(start_zo_fit, hospital.url)
-
-
-class Counting(nn.Module):
-    """A classifier that counts the images it was shown."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.images = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.images += len(images)
-        return self.model(images)
-
-
-@contextmanager
-def counting_hospital() -> Iterator[tuple[str, Counting]]:
-    """A hospital in a thread of this process, on a socket, that knows how many images it was really asked about."""
-    config = VictimConfig(labels=BRAIN_LABELS, size=(32, 32), width=0.125)
-    model = Counting(build_victim(config).eval())
-    app = make_hospital(model, config, HospitalSettings(model=Path("unused"), device="cpu"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-        thread = Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", model
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def step_of(out: Path) -> int:
-    if not (out / "checkpoint.safetensors").exists():
-        return -1
-    step: int = Checkpoint.load(out).state["step"]
-    return step
 
 
 def test_a_killed_run_resumes_and_its_ledger_is_what_the_victim_received(start_zo_fit, tmp_path):
