@@ -31,6 +31,7 @@ CMD ["python", "-m", "services.hospital"]
 
 
 FROM base AS gateway
+RUN pip install '.[runtimes]'
 COPY defense defense
 COPY services/*.py services/
 COPY services/protocol services/protocol

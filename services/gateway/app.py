@@ -24,6 +24,7 @@ from services.gateway.defence import Defence
 from services.gateway.detection import Detector
 from services.gateway.metrics import Metrics
 from services.gateway.modes import Plan
+from services.gateway.page import page_api
 from services.gateway.repository import Repository, Version
 from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
@@ -221,6 +222,11 @@ def make_gateway(
         async def queries() -> JSONResponse:
             """The victim queries of every key, by mode, and what the shadow saw; for the operator."""
             return JSONResponse(accounts.snapshot())
+
+    if settings.page:
+        app.include_router(
+            page_api(versions, settings, access=access, accounts=accounts, admission=admission, metrics=metrics)
+        )
 
     if settings.admin_token is not None:
         app.include_router(repository_api(versions, settings.model_name, settings.admin_token, check_model))

@@ -67,6 +67,13 @@ class Metrics:
         with self._upstream.time():
             yield
 
+    def mean_upstream_ms(self) -> float | None:
+        """Mean milliseconds of a batch at the victim since the start; None: there was none."""
+        samples = {
+            one.name.rpartition("_")[2]: one.value for family in self._upstream.collect() for one in family.samples
+        }
+        return 1000 * samples["sum"] / samples["count"] if samples["count"] else None
+
     def answered(self, mode: Mode, images: int, votes: int, abstained: float) -> None:
         """Counts the answer to a request.
 

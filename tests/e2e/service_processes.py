@@ -33,7 +33,7 @@ class Process(subprocess.Popen[str]):
 Start = Callable[..., tuple[Process, str]]
 
 
-def publish(folder: Path, seed: int) -> Sanitizer:
+def publish(folder: Path, seed: int, labels: Sequence[str] = CONFIG.labels) -> Sanitizer:
     """Writes an artifact."""
     torch.manual_seed(seed)
     sanitizer = Sanitizer(SanitizerConfig(input=SHAPE, denoiser="dncnn-small", autoencoder=None)).eval()
@@ -41,7 +41,7 @@ def publish(folder: Path, seed: int) -> Sanitizer:
         folder,
         sanitizer,
         name="ours",
-        labels=list(CONFIG.labels),
+        labels=list(labels),
         sigma=0.25,
         queries={"train": 7},
         provenance=Provenance(

@@ -1,0 +1,170 @@
+"""The page at `/`: for people who want to see what the gateway does to an image, and what it answers.
+
+Three files, no build step, nothing from elsewhere; a strict Content-Security-Policy. Answers come from `/predict`, as
+for every client, with the client's key and on its account. Beside it the page asks, below `/page`, for the image before
+and after the sanitizer (which costs no victim query), for samples, for the state of the gateway, and, only where the
+operator allows it, for the bare model's answer, which costs a query of the purpose "compare".
+"""
+
+import base64
+import mimetypes
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from services.batching import Admission
+from services.gateway.accounting import Accounts
+from services.gateway.asking import errors
+from services.gateway.config import GatewaySettings
+from services.gateway.metrics import Metrics
+from services.gateway.versions import Versions
+from services.keys import Access, KeySent
+from services.protocol import deadlines
+from services.protocol.calls import REQUEST, Call, read_call
+from services.protocol.errors import InvalidInput, NotFound
+from services.protocol.images import encode_png
+from services.protocol.replies import Signature, answer
+
+COMPARE: Final = "compare"
+"""What queries about raw images are for, on the client's account."""
+
+_HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_FILES: Final = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_IMAGES: Final = (".png", ".jpg", ".jpeg", ".dcm", ".tif", ".tiff")
+_ATTACKED: Final = ".attacked"
+
+
+def page_api(
+    versions: Versions,
+    settings: GatewaySettings,
+    *,
+    access: Access,
+    accounts: Accounts,
+    admission: Admission,
+    metrics: Metrics,
+) -> APIRouter:
+    """The page's paths.
+
+    Args:
+        versions: the sanitizer at work.
+        settings: the service's.
+        access: who may ask.
+        accounts: where queries are counted.
+        admission: where images in work are counted.
+        metrics: what is known of the victim's answers.
+
+    Raises:
+        InvalidInput: the folder of samples is none.
+    """
+    router = APIRouter(include_in_schema=False)
+    samples = _samples(settings.page_samples)
+
+    def static(name: str) -> Callable[[], Awaitable[Response]]:
+        content = (files(__package__) / name).read_bytes()
+
+        async def send() -> Response:
+            return Response(content, media_type=_FILES[name], headers=_HEADERS)
+
+        return send
+
+    router.get("/")(static("index.html"))
+    for name in ("page.css", "page.js"):
+        router.get(f"/page/{name}")(static(name))
+
+    @router.get("/page/samples")
+    async def list_samples(key: KeySent) -> JSONResponse:
+        """The samples, each with whether it was attacked."""
+        access.client(key)
+        return JSONResponse([{"name": name, "attacked": Path(name).stem.endswith(_ATTACKED)} for name in samples])
+
+    @router.get("/page/samples/{name}", responses=errors(404))
+    async def sample(name: str, key: KeySent) -> Response:
+        """One of them, as a file."""
+        access.client(key)
+        if name not in samples:
+            raise NotFound(f"no sample is called {name[:80]!r}")
+        media = "application/dicom" if name.endswith(".dcm") else mimetypes.guess_type(name)[0]
+        return FileResponse(samples[name], media_type=media, headers=_HEADERS)
+
+    @router.get("/page/state")
+    async def state(key: KeySent) -> JSONResponse:
+        """How the gateway is, and what this client has spent."""
+        client = access.client(key)
+        with versions.current.in_use() as defence:
+            account = accounts.of(client.name)
+            return JSONResponse(
+                {
+                    "ready": await defence.pipeline.ready(),
+                    "model": settings.model_name,
+                    "version": defence.number,
+                    "artifact": defence.manifest.name,
+                    "modes": list(defence.modes.allowed),
+                    "compare": settings.page_compare,
+                    "upstream_ms": metrics.mean_upstream_ms(),
+                    "queries": sum(account.queries.values()),
+                    "left": account.left,
+                    "shadow": dict(account.shadow) if settings.shadow else None,
+                },
+                headers=_HEADERS,
+            )
+
+    async def uploaded(request: Request, key: str | None) -> tuple[Call, str]:
+        """An image that a client of this name may have looked at."""
+        client = access.client(key)
+        deadlines.begin(request, settings.deadline_s)
+        admission.check(1)
+        call = await read_call(request, versions.current.shape, max_body_bytes=settings.max_body_bytes)
+        if call.form != "image":
+            raise InvalidInput("the page is about images; tensors are answered at /predict")
+        access.take(client, 1)
+        return call, client.name
+
+    @router.post("/page/sanitized", openapi_extra=REQUEST)
+    async def sanitized(request: Request, key: KeySent) -> JSONResponse:
+        """The image as the sanitizer sees it, and what it makes of it: PNGs in base64. Costs no query."""
+        call, _ = await uploaded(request, key)
+        with versions.current.in_use() as defence, admission.admit(1):
+            after = await deadlines.attended(request, defence.pipeline.sanitize(call.images))
+        images = {"original": call.images[0].clip(0, 1), "sanitized": after[0]}
+        told: dict[str, Any] = {name: base64.b64encode(encode_png(image)).decode() for name, image in images.items()}
+        told["largest"] = float(abs(images["sanitized"] - images["original"]).max())
+        return JSONResponse(told, headers=_HEADERS)
+
+    if settings.page_compare:
+
+        @router.post("/page/bare", openapi_extra=REQUEST)
+        async def bare(request: Request, key: KeySent) -> Response:
+            """What the bare model answers; never an answer to anybody's request at /predict."""
+            call, name = await uploaded(request, key)
+            with (
+                versions.current.in_use() as defence,
+                accounts.of(name).bill(COMPARE, 1) as bill,
+                admission.admit(1),
+            ):
+                bill.spend(1)
+                raw = call.images.clip(0, 1)
+                scores = await deadlines.attended(request, defence.pipeline.forward(raw, bill.refund))
+                labels = await defence.pipeline.names(raw, scores.shape[1])
+                return await answer(call, scores, Signature(settings.model_name, defence.number, labels))
+
+    return router
+
+
+def _samples(folder: Path | None) -> dict[str, Path]:
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise InvalidInput(f"--page-samples {folder} is no folder")
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _IMAGES}
