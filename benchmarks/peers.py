@@ -33,8 +33,11 @@ from services.protocol.images import decode_image
 
 Array = npt.NDArray[np.float32]
 
-_BATCH: Final = 64
-_WAIT_S: Final = 0.002
+BATCH: Final = 64
+"""Most images in one batch of those that batch."""
+
+WAIT_S: Final = 0.002
+"""How long theirs wait for more."""
 
 
 class Pipeline:
@@ -77,7 +80,8 @@ def scores(response: httpx.Response) -> Array:
     return answer
 
 
-def _answer(row: Array) -> dict[str, Any]:
+def answer(row: Array) -> dict[str, Any]:
+    """What a client is told of its image, from the scores (K,)."""
     return {"label": int(row.argmax()), "probabilities": row.tolist()}
 
 
@@ -88,7 +92,7 @@ def _fastapi(artifact: Path, victim: str, port: int) -> None:
     async def predict(file: Annotated[UploadFile, File()]) -> dict[str, Any]:
         image = pipeline.decode(await file.read())
         sanitized = await anyio.to_thread.run_sync(pipeline.sanitize, image[None])
-        return _answer(scores(await http.post(victim, **request(sanitized)))[0])
+        return answer(scores(await http.post(victim, **request(sanitized)))[0])
 
     with socket.create_server(("127.0.0.1", port), backlog=1024) as listener:
         _announce("fastapi", listener.getsockname()[1])
@@ -97,28 +101,12 @@ def _fastapi(artifact: Path, victim: str, port: int) -> None:
 
 def _litserve(artifact: Path, victim: str, port: int) -> None:
     import litserve
-    from fastapi import Request
 
-    class Served(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            self.pipeline, self.http = Pipeline(artifact), httpx.Client(timeout=60)
-
-        def decode_request(self, request: Request) -> Any:
-            # What LitServe calls a request is its form.
-            return self.pipeline.decode(request["file"].file.read())
-
-        def batch(self, inputs: list[Array]) -> Array:
-            return np.stack(inputs)
-
-        def predict(self, images: Array) -> Array:
-            return scores(self.http.post(victim, **request(self.pipeline.sanitize(images))))
-
-        def encode_response(self, output: Array) -> dict[str, Any]:
-            return _answer(output)
+    from benchmarks.litserve_peer import Served
 
     port = port or _free_port()
     server = litserve.LitServer(
-        Served(max_batch_size=_BATCH, batch_timeout=_WAIT_S), accelerator="cpu", workers_per_device=1
+        Served(artifact, victim, max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1
     )
     _announce_once_it_listens("litserve", port)
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error", access_log=False)
@@ -140,10 +128,10 @@ def _ray(artifact: Path, victim: str, port: int) -> None:
         async def predict(self, file: Annotated[UploadFile, File()]) -> dict[str, Any]:
             return await self.defend(self.pipeline.decode(await file.read()))
 
-        @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_WAIT_S)
+        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT_S)
         async def defend(self, images: list[Array]) -> list[dict[str, Any]]:
             sanitized = await anyio.to_thread.run_sync(self.pipeline.sanitize, np.stack(images))
-            return [_answer(row) for row in scores(await self.http.post(victim, **request(sanitized)))]
+            return [answer(row) for row in scores(await self.http.post(victim, **request(sanitized)))]
 
     port = port or _free_port()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -1,0 +1,59 @@
+"""A hospital that answers so many images a second and no more, for `benchmarks.scaling`: it waits, and takes no core.
+
+    python -m benchmarks.paced --model artifacts/phantom/victim --rate 800
+
+A hospital on this machine would take the cores that the trainer works on, and no two of them would be faster than one.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from services.hospital.app import make_hospital
+from services.hospital.config import HospitalSettings
+from services.hospital.model import load_victim
+from services.runtime import read_settings, serve
+
+
+class Paced(nn.Module):
+    """A model that takes its time.
+
+    Args:
+        model: what answers.
+        rate: images a second.
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        super().__init__()
+        self._model, self._rate = model, rate
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N,C,H,W) images to the model's logits, after N / rate seconds."""
+        begun = time.perf_counter()
+        # One image stands for all: what is measured is how the time is spent, not what is learned.
+        one: Tensor = self._model(images[:1])
+        logits = one.expand(len(images), *one.shape[1:])
+        time.sleep(max(0.0, len(images) / self._rate - (time.perf_counter() - begun)))
+        return logits
+
+
+def main() -> int:
+    """Serves until it is told to end."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="what training.victim_fit wrote")
+    parser.add_argument("--rate", type=float, required=True, help="images a second")
+    parser.add_argument("--port", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model, config = load_victim(given.model)
+    settings = read_settings(HospitalSettings, ["--model", str(given.model), "--port", str(given.port)])
+    serve(make_hospital(Paced(model, given.rate), config, settings), "paced", settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
