@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.running import add_image_arguments, add_model_arguments, defended
+from defense.adaptive import Smoothed
 from defense.artifact import load_artifact
 from defense.attacks import craft
 from defense.smoothing import ABSTAIN
@@ -39,27 +40,6 @@ from training.results import align
 
 _INSIDE: Final = 0.999  # of the radius: float32 rounds distances too
 _LEAST: Final = 1e-12  # keeps the logarithm finite
-
-
-class Smoothed(nn.Module):
-    """Logits of the smoothed model, estimated from fresh noisy copies in every call.
-
-    Args:
-        base: (N,C,H,W) -> logits (N,K) or (N,K,H,W): sanitizer and victim.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        copies: Noisy copies of each image.
-    """
-
-    def __init__(self, base: nn.Module, sigma: float, copies: int) -> None:
-        super().__init__()
-        self.base, self.sigma, self.copies = base, sigma, copies
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) -> the logarithm of the mean probabilities, (N,K) or (N,K,H,W)."""
-        many = images.repeat_interleave(self.copies, dim=0)
-        scores: Tensor = self.base(many + self.sigma * torch.randn_like(many)).softmax(dim=1)
-        mean: Tensor = scores.unflatten(0, (len(images), self.copies)).mean(dim=1)
-        return mean.clamp_min(_LEAST).log()
 
 
 @dataclass

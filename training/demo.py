@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 GRID_NAME: Final = "grid.png"
 
+SAMPLES_NAME: Final = "samples"
+"""Below the demo's folder: images for the gateway's page."""
+
 _METHODS: Final[dict[cli.Task, dict[str, str]]] = {
     # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
     "classification": {"zo-ds": "zo-ds", "zo-ae-ds": "zo-ae-ds-rge20"},
@@ -107,6 +110,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.task == "segmentation":
         shown = ["--victim", str(victim), "--artifact", str(out / "local"), *data, "--out", str(out / GRID_NAME)]
         run_verb("training.grid", shown, log)
+    run_verb("training.samples", ["--victim", str(victim), *data, "--out", str(out / SAMPLES_NAME)], log)
     _print_next_steps(out, results, data, time.monotonic() - begun, arguments.task)
     return 0
 
@@ -185,7 +189,9 @@ The attacker above knows the model, not the gateway: that is the weakest rung of
 
 To try next (in .venv; each service keeps its terminal):
   python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
-  python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080
+  python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080 \\
+      --page-samples {shlex.quote(str(out / SAMPLES_NAME))} --page-compare
+  and open http://127.0.0.1:8080/: images, attacked ones too, before and after the sanitizer
   curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict
   python -m training.certify --url http://127.0.0.1:8080 --name {name} {same_data} --limit 20
   python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\

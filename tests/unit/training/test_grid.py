@@ -7,46 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from toy_defence import SIDE, Brighter, publish, splits
 
-from defense.artifact import Provenance, save_artifact
-from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from training import grid
 from training.datasets import ImageSet, Splits
 from training.inprocess import InProcessVictim
 
-SIDE = 16
-
-
-class Brighter(nn.Module):
-    """Of every pixel whether it is brighter than one half; with `whole`, of the image."""
-
-    def __init__(self, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-
-    def forward(self, images: Tensor) -> Tensor:
-        score = 10 * (images[:, :1] - 0.5)
-        logits = torch.cat([-score, score], dim=1)
-        return logits.mean((2, 3)) if self.whole else logits
-
-
-def splits(whole: bool) -> Splits:
-    images = torch.rand(6, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    labels = Brighter(whole)(images).argmax(1)
-    part = ImageSet(images, labels, tuple(map(str, range(6))))
-    return Splits("toy", ("dark", "bright"), part, part, part, "f")
-
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    shape = ImageShape(channels=1, height=SIDE, width=SIDE)
-    sanitizer = Sanitizer(SanitizerConfig(input=shape, denoiser="dncnn-small", autoencoder=None))
-    made_by = Provenance(
-        method="mse", estimator=None, data="toy", data_fingerprint="f", settings={}, versions={}, validation={}
-    )
-    save_artifact(tmp_path / "a", sanitizer, name="a", labels=[], sigma=0.1, queries={}, provenance=made_by)
-    return tmp_path / "a"
+    return publish(tmp_path / "a")
 
 
 def draw(monkeypatch: pytest.MonkeyPatch, artifact: Path, data: Splits, whole: bool, *more: str) -> int:
