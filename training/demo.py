@@ -24,7 +24,8 @@ from defense.files import replace_file
 from training import cli, pretrain
 from training.checkpoint import Journal
 from training.datasets import PHANTOM, dataset_name, settle
-from training.processes import run_verb, service
+from training.processes import ProcessFailed, run_verb, service
+from training.report import NAME as REPORT_FILE
 from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.task == "segmentation":
         shown = ["--victim", str(victim), "--artifact", str(out / "local"), *data, "--out", str(out / GRID_NAME)]
         run_verb("training.grid", shown, log)
-    run_verb("training.samples", ["--victim", str(victim), *data, "--out", str(out / SAMPLES_NAME)], log)
+    try:
+        run_verb("training.samples", ["--victim", str(victim), *data, "--out", str(out / SAMPLES_NAME)], log)
+    except ProcessFailed:  # a victim too bad to be attacked has none; all that was measured stands
+        logger.warning("there are no samples for the gateway's page")
+    run_verb("training.report", [str(out), "--results", str(results)], log)
     _print_next_steps(out, results, data, time.monotonic() - begun, arguments.task)
     return 0
 
@@ -184,6 +189,7 @@ def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float,
     picture = f"\n{out / GRID_NAME} shows a few images, attacked and sanitized." if task == "segmentation" else ""
     print(f"""
 Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.{picture}
+The report, to read in a browser: {out / REPORT_FILE}
 Rows: `none` is the bare model; `mse` a denoiser that cost no query; {learned} learned from queries.
 The attacker above knows the model, not the gateway: that is the weakest rung of the threat ladder.
 
@@ -191,7 +197,7 @@ To try next (in .venv; each service keeps its terminal):
   python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
   python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080 \\
       --page-samples {shlex.quote(str(out / SAMPLES_NAME))} --page-compare
-  and open http://127.0.0.1:8080/: images, attacked ones too, before and after the sanitizer
+  open http://127.0.0.1:8080/       # images, attacked ones too, before and after the sanitizer
   curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict
   python -m training.certify --url http://127.0.0.1:8080 --name {name} {same_data} --limit 20
   python -m training.zo_fit --victim-url http://127.0.0.1:8000 {same_data} \\

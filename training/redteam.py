@@ -10,7 +10,7 @@ DDN looks for the smallest L2 change. With --votes the defence is the majority o
 are means over --eot fresh ones.
 
 It ends with checks of the attacks themselves: an attack that fails them says nothing about the defence. Rows go to
---results; the metric `worst_accuracy` (or `worst_dice`) is the worst case. Validation images, unless --split test.
+--results; the attack `adaptive` is the worst case. Validation images, unless --split test.
 """
 
 import argparse
@@ -37,6 +37,9 @@ from training.results import Row, align, bootstrap_interval, finite, write_rows
 from training.scoring import main_metric, main_score
 
 logger = logging.getLogger(__name__)
+
+WORST_CASE: Final = "adaptive"
+"""The attack, in the results, of which each image's score is the least of all of them."""
 
 _SURE: Final = 128 / 255
 """A change with which any image can be made any other's: here an attack that works has to succeed."""
@@ -169,7 +172,7 @@ def _attack(arguments: argparse.Namespace) -> int:
             means[norm, epsilon] = {attack: float(values.mean()) for attack, values in scored.items()}
             means[norm, epsilon]["worst"] = float(worst.mean())
             rows += [row(f"adaptive-{attack}", norm, epsilon, metric, values) for attack, values in scored.items()]
-            rows.append(row("adaptive", norm, epsilon, f"worst_{metric}", worst))
+            rows.append(row(WORST_CASE, norm, epsilon, metric, worst))
             size = f"{255 * epsilon:g}/255" if norm == "linf" else f"{epsilon:g}"
             shown = ["fgsm", "pgd", "pgd-twice", "pgd-bpda", "pgd-transfer", "worst"]
             cells = [f"{100 * means[norm, epsilon][one]:.1f}" if one in means[norm, epsilon] else "-" for one in shown]
