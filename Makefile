@@ -44,10 +44,13 @@ fuzz: install ## Coverage-guided fuzzing of all that reads foreign bytes, SECOND
 load: install ## The gateway at twice its capacity, after make demo: goodput, latencies, memory.
 	$(BIN)/python -m benchmarks.load --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds --seconds $(SECONDS)
 
-bench: install ## Ratios, after make demo: what the gateway adds to an answer, its modes, what HTTP costs zo_fit.
+bench: install ## Ratios, after make demo: gateway and model against alternatives, its modes, runtimes, HTTP in zo_fit.
+	$(BIN)/python -m benchmarks.runtimes --artifact $(OUT)/phantom/zo-ds
 	$(BIN)/python -m benchmarks.latency --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
+	$(BIN)/python -m benchmarks.throughput --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
 	$(BIN)/python -m benchmarks.gateway_modes --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
 	$(BIN)/python -m benchmarks.zo_throughput --model $(OUT)/phantom/victim --artifact $(OUT)/phantom/pretrained/denoiser
+	$(BIN)/python -m benchmarks.scaling --victim $(OUT)/phantom/victim --pretrained $(OUT)/phantom/pretrained
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable
