@@ -9,6 +9,7 @@ None of them has what else the gateway does: bounds, deadlines, accounts, retrie
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -104,6 +105,9 @@ def _litserve(artifact: Path, victim: str, port: int) -> None:
 
     from benchmarks.litserve_peer import Served
 
+    # Its servers and workers are processes that would outlive it.
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     port = port or _free_port()
     server = litserve.LitServer(
         Served(artifact, victim, max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1
