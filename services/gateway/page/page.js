@@ -247,7 +247,8 @@ function tell(answer, without) {
   at("bare").hidden = without === null;
   if (without !== null) {
     const same = without.mask ? null : without.label === answer.label;
-    const differs = same === false ? " The gateway answers otherwise." : same ? " The gateway agrees." : "";
+    const differs = abstained ? " The gateway gives no answer."
+      : same === false ? " The gateway answers otherwise." : same ? " The gateway agrees." : "";
     at("bare-verdict").textContent = `The bare model says: ${headline(without)}.${differs}`;
     at("bare-verdict").className = same === false ? "bad" : "";
   }
