@@ -72,7 +72,7 @@ wait
 for i in 0 1; do
   each=("$one" "$two")
   more=$(($(received "${each[i]}") - before[i]))
-  ((more > 50000)) || fail "replica $((i + 1)) of the hospital was sent only $more bytes of 20 images"
+  ((more > 20000)) || fail "replica $((i + 1)) of the hospital was sent only $more bytes of 20 images"
   ok "replica $((i + 1)) of the hospital was sent $more bytes"
 done
 

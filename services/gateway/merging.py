@@ -38,13 +38,16 @@ class Merger:
         send: asks the victim.
         max_images: most images of several callers in one request; those of one caller are never split.
         lanes: requests under way from which on further ones wait to be sent together.
+        on_resend: called with the images that are sent once more, each caller's by themselves, because the request for
+            several callers was refused.
     """
 
-    def __init__(self, send: Send, *, max_images: int, lanes: int) -> None:
+    def __init__(self, send: Send, *, max_images: int, lanes: int, on_resend: Callable[[int], None]) -> None:
         """Sends nothing yet."""
         self._send = send
         self._max_images = max_images
         self._lanes = lanes
+        self._on_resend = on_resend
         self._waiting: list[_Job] = []
         self._batches: dict[asyncio.Task[None], list[_Job]] = {}
 
@@ -106,6 +109,7 @@ class Merger:
             if len(jobs) > 1 and isinstance(error, ServiceError) and not isinstance(error, TRANSIENT):
                 for job in jobs:  # nobody shall fail for what another one sent
                     if not job.answer.done():
+                        self._on_resend(len(job.images))
                         await self._ask([job])
                 return
             for job in jobs:

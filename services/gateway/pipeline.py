@@ -95,7 +95,7 @@ class Pipeline:
             timeout_s=settings.timeout_s,
             wire=settings.wire,
             mapping=mapping,
-            on_resend=lambda images: own.spend("resent", images),
+            on_resend=self._resent,
             transport=transport,
         )
         runtime = load_runtime(settings.runtime, sanitizer, shape, resolve_device(settings.device))
@@ -103,7 +103,12 @@ class Pipeline:
         # A victim that takes one image a request is asked about each at once, not about many in turn.
         takes_many = settings.wire == "tensor" and (mapping is None or mapping.image is None)
         self._send = (
-            Merger(self._timed, max_images=settings.forward_batch, lanes=settings.merge_beyond)
+            Merger(
+                self._timed,
+                max_images=settings.forward_batch,
+                lanes=settings.merge_beyond,
+                on_resend=self._resent,
+            )
             if takes_many
             else self._timed
         )
@@ -173,6 +178,9 @@ class Pipeline:
             )
         self._learned_shape = scores.shape[1:]
         return scores
+
+    def _resent(self, images: int) -> None:
+        self._own.spend("resent", images)
 
     async def _timed(self, images: Array) -> Array:
         with self._metrics.upstream():

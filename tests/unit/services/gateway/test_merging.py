@@ -36,6 +36,10 @@ class Victim:
         return images.mean(axis=(2, 3))
 
 
+def merger_of(victim, max_images: int, lanes: int, on_resend=None) -> Merger:
+    return Merger(victim, max_images=max_images, lanes=lanes, on_resend=on_resend or (lambda images: None))
+
+
 def images(*values: float) -> np.ndarray:
     return np.stack([np.full((1, 2, 2), value, np.float32) for value in values])
 
@@ -49,7 +53,7 @@ async def begun(*work) -> list[asyncio.Task]:
 
 async def test_the_first_go_alone_and_what_comes_meanwhile_goes_together() -> None:
     victim = Victim()
-    merger = Merger(victim, max_images=8, lanes=2)
+    merger = merger_of(victim, max_images=8, lanes=2)
     tasks = await begun(*(merger(images(value, value + 0.5)) for value in range(6)))
     assert [len(batch) for batch in victim.batches] == [2, 2]
     victim.go.set()
@@ -61,7 +65,7 @@ async def test_the_first_go_alone_and_what_comes_meanwhile_goes_together() -> No
 
 async def test_no_more_images_go_together_than_allowed_and_none_is_split() -> None:
     victim = Victim()
-    merger = Merger(victim, max_images=4, lanes=1)
+    merger = merger_of(victim, max_images=4, lanes=1)
     tasks = await begun(*(merger(images(*[0.5] * count)) for count in (1, 3, 2, 9, 1)))
     victim.go.set()
     answers = await asyncio.gather(*tasks)
@@ -72,19 +76,21 @@ async def test_no_more_images_go_together_than_allowed_and_none_is_split() -> No
 async def test_nobody_fails_for_what_another_one_sent() -> None:
     victim = Victim()
     victim.refuses = 2.0
-    merger = Merger(victim, max_images=8, lanes=1)
+    resent: list[int] = []
+    merger = merger_of(victim, max_images=8, lanes=1, on_resend=resent.append)
     tasks = await begun(*(merger(images(value)) for value in (0.0, 1.0, 2.0, 3.0)))
     victim.go.set()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert [len(batch) for batch in victim.batches] == [1, 3, 1, 1, 1]
     assert isinstance(answers.pop(2), InvalidInput)
     assert [float(answer[0, 0]) for answer in answers] == [0.0, 1.0, 3.0]
+    assert resent == [1, 1, 1]
 
 
 async def test_a_victim_that_is_away_is_away_for_all_and_not_asked_again() -> None:
     victim = Victim()
     victim.refuses, victim.error = 2.0, UpstreamUnreachable("gone")
-    merger = Merger(victim, max_images=8, lanes=1)
+    merger = merger_of(victim, max_images=8, lanes=1)
     tasks = await begun(*(merger(images(value)) for value in (0.0, 1.0, 2.0)))
     victim.go.set()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -94,7 +100,7 @@ async def test_a_victim_that_is_away_is_away_for_all_and_not_asked_again() -> No
 
 async def test_who_hangs_up_frees_what_nobody_else_waits_for() -> None:
     victim = Victim()
-    merger = Merger(victim, max_images=8, lanes=1)
+    merger = merger_of(victim, max_images=8, lanes=1)
     first, second, third, fourth = await begun(*(merger(images(value)) for value in range(4)))
     second.cancel()  # it waits
     first.cancel()  # its request is under way, for it alone
@@ -111,7 +117,7 @@ async def test_who_hangs_up_frees_what_nobody_else_waits_for() -> None:
 
 async def test_a_request_for_many_has_the_last_of_their_deadlines() -> None:
     victim = Victim()
-    merger = Merger(victim, max_images=8, lanes=1)
+    merger = merger_of(victim, max_images=8, lanes=1)
 
     async def ask(value: float, seconds: float) -> np.ndarray:
         deadlines.narrow(seconds)
@@ -131,5 +137,5 @@ async def test_the_request_id_of_the_first_caller_travels() -> None:
         seen.append(logs.request_id())
         return sent.mean(axis=(2, 3))
 
-    await Merger(victim, max_images=8, lanes=1)(images(1))
+    await merger_of(victim, max_images=8, lanes=1)(images(1))
     assert seen == [logs.request_id()]
