@@ -214,6 +214,7 @@ class SharedEndpoint:
             ServiceError: The victim failed for this process; `Unavailable` where it failed for another one.
             TeamBroken: Another process is gone.
         """
+        self._team.all(None)  # nobody sends before the first process has written down that it will be sent
         own, failed = images[self._team.share(len(images))], None
         scores: Tensor | None = None
         try:

@@ -1,5 +1,6 @@
 """Shares, and a victim that several processes ask: here threads that meet at a barrier."""
 
+import time
 from collections.abc import Callable
 from threading import Barrier, Thread
 
@@ -162,3 +163,24 @@ def test_when_the_first_fails_to_find_out_the_others_are_told() -> None:
     first, second = together(2, work)
     assert isinstance(first, ValueError)
     assert isinstance(second, TeamBroken)
+
+
+def test_nobody_sends_before_the_first_has_come_from_its_journal() -> None:
+    written: list[bool] = []
+    early: list[int] = []
+
+    class Watching(Inner):
+        def __call__(self, images: Tensor) -> Tensor:
+            early.extend([] if written else [len(images)])
+            return super().__call__(images)
+
+    def work(team: Team) -> None:
+        endpoint = SharedEndpoint(team, lambda images: None)
+        endpoint.inner = Watching()
+        if team.is_first:
+            time.sleep(0.2)
+            written.append(True)
+        endpoint(torch.rand(4, 1, 2, 2))
+
+    together(2, work)
+    assert early == []
