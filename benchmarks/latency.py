@@ -9,6 +9,7 @@ machine does falls on both alike. The ratio that is aimed at is 1.10.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from statistics import median, quantiles
 
 import httpx
@@ -53,7 +54,10 @@ def _measure(arguments: argparse.Namespace) -> int:
         def here() -> None:
             ask(http, urls.victim, sanitizer(torch.from_numpy(image)).numpy())
 
-        ways = dict(zip(seconds, (here, lambda: ask(http, urls.gateway, image)), strict=True))
+        def there() -> None:
+            ask(http, urls.gateway, image)
+
+        ways: dict[str, Callable[[], None]] = dict(zip(seconds, (here, there), strict=True))
         for _ in tqdm(range(arguments.rounds + _WARM_UP), "latency", unit="round"):
             for name, way in ways.items():
                 begun = time.perf_counter()
