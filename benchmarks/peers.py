@@ -29,6 +29,7 @@ import uvicorn
 from fastapi import FastAPI, File, UploadFile
 
 from defense.artifact import load_artifact
+from services.gateway.on_ray import wait_to_be_ended
 from services.protocol import oip
 from services.protocol.images import decode_image
 
@@ -143,9 +144,7 @@ def _ray(artifact: Path, victim: str, port: int) -> None:
     serve.run(Served.bind())  # type: ignore[attr-defined]
     _announce("ray", port)
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        wait_to_be_ended()
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()

@@ -135,14 +135,9 @@ def _attack(arguments: argparse.Namespace) -> int:
 
         def row(attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
             array = values.double().cpu().numpy()
-            median = metric.startswith("median")
-            statistic = (lambda drawn: np.median(drawn, axis=1)) if median else None
-            low, high = (
-                bootstrap_interval(array, seed=arguments.seed)
-                if statistic is None
-                else bootstrap_interval(array, statistic, seed=arguments.seed)
-            )
-            value = float(np.median(array)) if median else float(array.mean())
+            middle = np.median if metric.startswith("median") else np.mean
+            low, high = bootstrap_interval(array, lambda drawn: middle(drawn, axis=1), seed=arguments.seed)
+            value = float(middle(array))
             return Row(
                 dataset=splits.name,
                 task=splits.task,

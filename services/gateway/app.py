@@ -18,7 +18,7 @@ from services.batching import Admission
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.administration import operators_only, repository_api
 from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
-from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors
+from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors, require_room
 from services.gateway.config import GatewaySettings
 from services.gateway.defence import Defence
 from services.gateway.detection import Detector
@@ -30,8 +30,8 @@ from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
 from services.keys import Client, KeySent
 from services.protocol import deadlines, oip
-from services.protocol.calls import REQUEST, Call, discard_body, read_call
-from services.protocol.errors import NotFound, Overloaded, Unavailable
+from services.protocol.calls import REQUEST, Call, read_call
+from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
 from services.protocol.replies import answer
 from services.runtime import access_of
@@ -96,11 +96,7 @@ def make_gateway(
             plan = defence.modes.plan(asked.mode, asked.n)
             queue = admission_of_copies if plan.copies else admission
             if not asked.dry_run:
-                try:
-                    queue.check(plan.queries(1))
-                except Overloaded:
-                    await discard_body(request)
-                    raise
+                await require_room(request, queue, plan.queries(1))
             call = await read_call(
                 request,
                 defence.shape,

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Query
+from fastapi import Depends, Query, Request
 
+from services.batching import Admission
 from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
 from services.keys import KeySent
+from services.protocol.calls import discard_body
+from services.protocol.errors import Overloaded
 from services.protocol.openapi import error_responses
 from services.protocol.replies import RESPONSES
 
@@ -95,3 +98,17 @@ async def asked(
 
 Asking = Annotated[Asked, Depends(asked)]
 """An argument that is read so."""
+
+
+async def require_room(request: Request, queue: Admission, images: int) -> None:
+    """Refuses what the queue has no room for before it is looked at, but once its body has come.
+
+    Raises:
+        Overloaded: there is none.
+        ServiceError: as `discard_body`.
+    """
+    try:
+        queue.check(images)
+    except Overloaded:
+        await discard_body(request)
+        raise

@@ -119,13 +119,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application(settings), name="gateway")
         print(f"gateway listening on http://{settings.host}:{settings.port}", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        wait_to_be_ended()
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     return 0
+
+
+def wait_to_be_ended() -> None:
+    """Returns at SIGTERM or SIGINT; Ray's own handler of SIGTERM, set when it starts, would end the process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        signal.pause()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """zo_fit against a real server that knows only images: one a request, JSON back, perhaps nothing but a label."""
 
 import base64
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI, Request
+from zo_fit_runs import serving
 
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
@@ -56,17 +53,8 @@ class ImageServer:
         probabilities: list[float] = torch.tensor([difference, -difference]).softmax(0).tolist()
         return probabilities
 
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            server = uvicorn.Server(uvicorn.Config(self.app, log_config=None))
-            thread = Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-            try:
-                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-            finally:
-                server.should_exit = True
-                thread.join()
+    def running(self) -> AbstractContextManager[str]:
+        return serving(self.app)
 
 
 def image_set(count: int, seed: int) -> ImageSet:

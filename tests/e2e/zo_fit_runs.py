@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import uvicorn
+from fastapi import FastAPI
 from torch import Tensor, nn
 
 from services.hospital.app import make_hospital
@@ -49,9 +50,8 @@ class Counting(nn.Module):
 
 
 @contextmanager
-def serving_hospital(model: nn.Module, config: VictimConfig) -> Iterator[str]:
-    """A hospital in a thread of this process, on a socket; its URL."""
-    app = make_hospital(model, config, HospitalSettings(model=Path("unused"), device="cpu"))
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serves an application in a thread of this process, on a socket; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None))
         thread = Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -61,6 +61,13 @@ def serving_hospital(model: nn.Module, config: VictimConfig) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def serving_hospital(model: nn.Module, config: VictimConfig) -> Iterator[str]:
+    """A hospital in a thread of this process; its URL."""
+    with serving(make_hospital(model, config, HospitalSettings(model=Path("unused"), device="cpu"))) as url:
+        yield url
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from services.batching import Admission
 from services.gateway.accounting import Accounts
-from services.gateway.asking import errors
+from services.gateway.asking import errors, require_room
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
 from services.gateway.versions import Versions
@@ -124,7 +124,7 @@ def page_api(
         """An image that a client of this name may have looked at."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
-        admission.check(1)
+        await require_room(request, admission, 1)
         call = await read_call(request, versions.current.shape, max_body_bytes=settings.max_body_bytes)
         if call.form != "image":
             raise InvalidInput("the page is about images; tensors are answered at /predict")
