@@ -30,8 +30,8 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 TOLERANCE: Final = 0.5 / 255
 """Most that a pixel in [0,1] may differ from PyTorch's: what rounding to 8 bits does."""
 
-_AUTO: Final[tuple[Kind, ...]] = ("torch", "openvino", "onnxruntime")
-"""What is tried: neither what takes a minute to start (compile), nor what never agreed (bfloat16)."""
+_AUTO: Final[tuple[Kind, ...]] = ("openvino", "onnxruntime")
+"""What is tried beside PyTorch: neither what takes a minute to start (compile), nor what never agreed (bfloat16)."""
 
 _NEEDS: Final[Mapping[Kind, tuple[str, ...]]] = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
@@ -84,7 +84,7 @@ def load_runtime(name: RuntimeName, sanitizer: nn.Module, shape: tuple[int, int,
     if device.type != "cpu":
         return torch_itself
     best, least = torch_itself, _cost(torch_itself, shape) * _MARGIN
-    for kind in _AUTO[1:]:
+    for kind in _AUTO:
         if not is_installed(kind):
             continue
         try:
