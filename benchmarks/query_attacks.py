@@ -16,11 +16,9 @@ gateway's own `History`.
 """
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
@@ -29,17 +27,14 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import torch
-from foolbox.attacks.hop_skip_jump import HopSkipJumpAttack
-from foolbox.criteria import Misclassification
-from foolbox.models.pytorch import PyTorchModel
-from PIL import Image
-from pyautoattack.square import SquareAttack
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import functional as warp
 from tqdm import tqdm
 
 from benchmarks.running import add_image_arguments, add_model_arguments, defended
+from defense.preprocessors import jpeg
+from defense.query_attacks import Inquiry, hop_skip_jump, square
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import History, digests, fingerprints
@@ -54,10 +49,6 @@ _RADII: Final = (0.02, 0.04, 0.06)
 _VARIANTS: Final = 0.25  # probability of each kind of second sending, for each image
 
 
-class SpentError(Exception):
-    """The attack has had its queries."""
-
-
 @dataclass
 class Client:
     """One client of the gateway, who keeps what it sent.
@@ -66,20 +57,16 @@ class Client:
         http: what it sends with.
         url: the gateway's.
         key: its own.
-        limit: images after which it stops; None: never.
         sent: images, in order.
     """
 
     http: httpx.Client
     url: str
     key: str
-    limit: int | None = None
     sent: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     def scores(self, images: Tensor) -> Tensor:
         """The gateway's scores, (N,K) or (N,K,H,W), for images (N,C,H,W)."""
-        if self.limit is not None and len(self.sent) + len(images) > self.limit:
-            raise SpentError
         batch = images.detach().float().numpy()
         self.sent.extend(batch)
         body, headers = oip.encode_request([oip.Tensor(oip.INPUT, batch)])
@@ -93,57 +80,6 @@ class Client:
         return int(keys[Accounts(Budget()).name(self.key)]["suspected"])
 
 
-class Held(nn.Module):
-    """Whether the answer to the clean image holds: logits (N,2), larger at 0 where it does.
-
-    Args:
-        scores: (N,C,H,W) -> (N,K) or (N,K,H,W).
-        clean: scores for the clean image, (1,K) or (1,K,H,W).
-    """
-
-    def __init__(self, scores: Callable[[Tensor], Tensor], clean: Tensor) -> None:
-        super().__init__()
-        self._scores, self._clean = scores, clean
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Of a class its probability against the largest other one; of a mask the Dice against one minus it."""
-        scores = self._scores(images)
-        if scores.ndim == 2:
-            label = int(self._clean.argmax())
-            others = torch.cat([scores[:, :label], scores[:, label + 1 :]], dim=1)
-            return torch.stack([scores[:, label], others.amax(dim=1)], dim=1)
-        clean, mask = self._clean.argmax(dim=1) > 0, scores.argmax(dim=1) > 0
-        overlap = 2 * (clean & mask).sum(dim=(1, 2)) / (clean.sum() + mask.sum(dim=(1, 2))).clamp_min(1)
-        # The probabilities break ties between equal masks, or a score-based attack would see plateaus alone.
-        soft = (scores[:, 1:].sum(dim=1) * clean).sum(dim=(1, 2)) / clean.sum().clamp_min(1)
-        held = overlap + 1e-3 * soft
-        return torch.stack([held, 1 - overlap], dim=1)
-
-
-def square(model: nn.Module, image: Tensor, _other: Tensor, arguments: argparse.Namespace) -> bool:
-    """Square in L-infinity on (C,H,W); whether it succeeded."""
-    attack = SquareAttack(
-        model,
-        eps=arguments.epsilon / 255,
-        n_queries=arguments.queries - 3,  # the clean scores, the random start and the last look are queries too
-        seed=arguments.seed,
-        device="cpu",
-    )
-    label = torch.zeros(1, dtype=torch.long)
-    return bool((model(attack.perturb(image[None], label)).argmax(dim=1) != 0).item())
-
-
-def hop_skip_jump(model: nn.Module, image: Tensor, other: Tensor, arguments: argparse.Namespace) -> bool:
-    """HopSkipJump in L2 on (C,H,W), from an image that is answered otherwise; whether that one was."""
-    defended = PyTorchModel(model.eval(), bounds=(0, 1), device="cpu")
-    if model(other[None]).argmax() == 0:
-        return False
-    attack = HopSkipJumpAttack(steps=arguments.queries)
-    held = Misclassification(torch.zeros(1).long())
-    attack.run(defended, image[None], held, starting_points=other[None])
-    return True
-
-
 def ordinary(images: Tensor, generator: np.random.Generator) -> list[Tensor]:
     """What a client sends who has these images (N,C,H,W): each, and some of them again in other forms."""
     side = images.shape[-1]
@@ -154,8 +90,8 @@ def ordinary(images: Tensor, generator: np.random.Generator) -> list[Tensor]:
 
     forms: list[Callable[[Tensor], Tensor]] = [
         lambda image: image,
-        lambda image: _recompressed(image, 75),
-        lambda image: _recompressed(image, 90),
+        lambda image: jpeg(image[None], quality=75)[0],
+        lambda image: jpeg(image[None], quality=90)[0],
         cropped,
         lambda image: image.roll(1, dims=2),
         lambda image: warp.rotate(image, float(generator.uniform(-3, 3))),
@@ -166,14 +102,6 @@ def ordinary(images: Tensor, generator: np.random.Generator) -> list[Tensor]:
         sent.append(image)
         sent += [form(image) for form in forms if generator.random() < _VARIANTS]
     return sent
-
-
-def _recompressed(image: Tensor, quality: int) -> Tensor:
-    pixels = (image.permute(1, 2, 0).squeeze(2) * 255).round().byte().numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    decoded = torch.from_numpy(np.array(Image.open(file), np.float32) / 255)
-    return decoded[None] if decoded.ndim == 2 else decoded.permute(2, 0, 1)
 
 
 def first_suspected(sent: list[npt.NDArray[np.float32]], near: int, radius: float) -> tuple[int | None, int]:
@@ -212,13 +140,17 @@ def _measure(arguments: argparse.Namespace) -> int:
             client.scores(image[None])
         answering = time.perf_counter() - begun
         false_alarms = client.suspected()
-        for name, attack in (("square", square), ("hopskipjump", hop_skip_jump)):
+        for name in streams:
             for index, image in enumerate(tqdm(attacked.images, name, unit="image")):
-                one = Client(http, urls.gateway, f"{name}-{index}", arguments.queries)
-                other = attacked.images[_labelled_otherwise(attacked.labels, index)]
-                with suppress(SpentError):
-                    model = Held(one.scores, one.scores(image[None]))
-                    succeeded[name] += attack(model, image, other, arguments)
+                one = Client(http, urls.gateway, f"{name}-{index}")
+                answer = one.scores(image[None]).argmax(dim=1)
+                inquiry = Inquiry(one.scores, image[None], answer, arguments.queries - 1)  # that was one
+                if name == "square":
+                    square(inquiry, arguments.epsilon / 255, seed=arguments.seed)
+                else:
+                    other = attacked.images[_labelled_otherwise(attacked.labels, index)]
+                    hop_skip_jump(inquiry, other[None], seed=arguments.seed)
+                succeeded[name] += int(inquiry.nearest().isfinite().sum())
                 streams[name].append(one.sent)
                 counted[name] += one.suspected() > 0
     settings = GatewaySettings.model_fields

@@ -20,7 +20,6 @@ DDN is minimum-norm: it takes no epsilon (None) and returns the closest adversar
 round the images to 256 levels (adv-lib's does so by default), so its norms are the smaller, unquantised ones.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,19 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense.foolbox_parts import (
+    Bounds,
+    DDNAttack,
+    L2ProjectedGradientDescentAttack,
+    LinfFastGradientAttack,
+    LinfProjectedGradientDescentAttack,
+    PyTorchModel,
+)
 from defense.objectives import agreement, stability_loss
-
-with warnings.catch_warnings():
-    # foolbox 3.3.4 imports gaussian_filter, which none of these attacks needs, from where SciPy kept it until 1.8.
-    warnings.filterwarnings("ignore", message="Please import `gaussian_filter`", category=DeprecationWarning)
-    from foolbox.attacks.ddn import DDNAttack
-    from foolbox.attacks.fast_gradient_method import LinfFastGradientAttack
-    from foolbox.attacks.projected_gradient_descent import (
-        L2ProjectedGradientDescentAttack,
-        LinfProjectedGradientDescentAttack,
-    )
-    from foolbox.models.pytorch import PyTorchModel
-    from foolbox.types import Bounds
 
 BOUNDS = Bounds(0.0, 1.0)
 
@@ -188,7 +183,7 @@ def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels
     with torch.no_grad():
         answers = torch.cat([model(part).argmax(dim=1) for part in torch.split(adversarials, batch)])
     norms: Tensor = torch.linalg.vector_norm((adversarials - images).flatten(1), dim=1)
-    return norms.masked_fill(_holds(answers, labels), float("inf"))
+    return norms.masked_fill(holds(answers, labels), float("inf"))
 
 
 def scaled_norms(
@@ -227,7 +222,7 @@ def scaled_norms(
     def errs(chosen: Tensor, factors: Tensor) -> Tensor:
         if len(chosen) == 0:
             return torch.zeros(0, dtype=torch.bool)
-        return ~_holds(classifier(moved(chosen, factors)).argmax(dim=1), labels[chosen])
+        return ~holds(classifier(moved(chosen, factors)).argmax(dim=1), labels[chosen])
 
     everyone = torch.arange(len(images))
     right, wrong = torch.zeros(len(images)), torch.full((len(images),), float("inf"))
@@ -275,13 +270,13 @@ class _Holding(nn.Module):
             self._calls += 1
             weights = torch.where(logits.argmax(1) == self._masks, 1 - share, share)
             loss = (weights * F.cross_entropy(logits, self._masks, reduction="none")).flatten(1).mean(1)
-        lost = torch.where(_holds(logits.argmax(1), self._masks), -1.0, 1.0)
+        lost = torch.where(holds(logits.argmax(1), self._masks), -1.0, 1.0)
         score = lost + loss - loss.detach()  # the value tells the class, the gradient is the loss's
         return torch.stack([-score, score], dim=1)
 
 
-def _holds(answers: Tensor, labels: Tensor) -> Tensor:
-    """(N,) whether answers are right: equal classes, or masks that are not lost."""
+def holds(answers: Tensor, labels: Tensor) -> Tensor:
+    """(N,) whether answers are right: equal classes (N,), or masks (N,H,W) that are not lost."""
     return agreement(answers, labels) >= (1.0 if labels.ndim == 1 else LOST)
 
 

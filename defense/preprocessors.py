@@ -23,13 +23,13 @@ BLUR_SIGMA: Final = 1.0
 MEDIAN_SIDE: Final = 3
 
 
-def jpeg(images: Tensor) -> Tensor:
-    """Compresses to JPEG bytes and back: 8 bits, Pillow's quality 75, its default 4:2:0 chroma for RGB.
+def jpeg(images: Tensor, quality: int = JPEG_QUALITY) -> Tensor:
+    """Compresses to JPEG bytes and back: 8 bits, Pillow's quality (75 unless told), its default 4:2:0 chroma for RGB.
 
     The values are clamped to [0,1] first; 8 bits have no others.
     """
     levels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    decoded = np.stack([_through_jpeg(pixels) for pixels in levels])
+    decoded = np.stack([_through_jpeg(pixels, quality) for pixels in levels])
     return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device, torch.float32) / 255
 
 
@@ -51,9 +51,9 @@ PREPROCESSORS: Final[Mapping[str, Preprocessor]] = MappingProxyType({"jpeg": jpe
 
 
 def _through_jpeg(
-    pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+    pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], quality: int
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """(H,W,C) through bytes; these were made here, so that they need none of the care for bytes from outside."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer)).reshape(pixels.shape)

@@ -19,8 +19,8 @@ from defense.smoothing import BaseClassifier, Certificate, certify, largest_radi
 from training.certificate_files import ClassLine, MaskLine, Settings, open_output
 from training.cli import UserError, positive_float, positive_int
 from training.datasets import ImageSet
+from training.intervals import bootstrap_interval
 from training.measuring import number_list
-from training.results import bootstrap_interval
 from training.scoring import worst_case
 from training.team import ALONE, Team
 

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
-from training.results import NO_DEFENCE, Row, bootstrap_interval, finite
+from training.results import NO_DEFENCE, Row, measured_row
 from training.scoring import main_score, scores
 from training.team import ALONE, Team
 
@@ -90,33 +89,19 @@ class Experiment:
         for defence in self.defences:
             answers = self.team.gather(defence.endpoint(images[self.team.share(len(images))]).argmax(dim=1))
             for metric, values in scores(answers, self.labels).items():
-                low, high = bootstrap_interval(values.numpy(), seed=self.seed)
-                mean = values.mean().item()
-                rows.append(self._row(defence, attack, norm, epsilon, metric, mean, len(values), low, high))
+                rows.append(self._row(defence, attack, norm, epsilon, metric, values))
             size, main = "" if epsilon is None else f" {epsilon:.4f}", main_score(answers, self.labels).mean().item()
             logger.info("%s%s: %s %.1f%%", attack, size, defence.name, 100 * main)
         return rows
 
     def _median(self, defence: Defence, attack: str, metric: str, norms: Tensor) -> Row:
-        values = norms.double().numpy()
-        low, high = bootstrap_interval(values, lambda drawn: np.median(drawn, axis=1), seed=self.seed)
-        median = float(np.median(values))
-        logger.info("%s: %s %s %.3f", attack, defence.name, metric, median)
-        return self._row(defence, attack, ATTACKS[attack].norm, None, metric, median, len(values), low, high)
+        row = self._row(defence, attack, ATTACKS[attack].norm, None, metric, norms)
+        logger.info("%s: %s %s %s", attack, defence.name, metric, "inf" if row.value is None else f"{row.value:.3f}")
+        return row
 
-    def _row(
-        self,
-        defence: Defence,
-        attack: str,
-        norm: str,
-        epsilon: float | None,
-        metric: str,
-        value: float,
-        n: int,
-        low: float,
-        high: float,
-    ) -> Row:
-        return Row(
+    def _row(self, defence: Defence, attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
+        return measured_row(
+            values.double().numpy(),
             dataset=self.dataset,
             task=self.task,
             split=self.split,
@@ -125,10 +110,6 @@ class Experiment:
             epsilon=epsilon,
             defence=defence.name,
             metric=metric,
-            value=finite(value),
-            n=n,
             queries=defence.queries,
             seed=self.seed,
-            low=finite(low),
-            high=finite(high),
         )

@@ -73,10 +73,12 @@ class Identity:
     Attributes:
         artifact: Id of the gateway's artifact; None for a bare victim.
         queries: Victim queries spent to learn it; 0 for a bare victim.
+        name: The artifact's, where it says so.
     """
 
     artifact: str | None
     queries: int
+    name: str | None = None
 
 
 def connect(url: str) -> AbstractContextManager[Endpoint]:
@@ -107,8 +109,10 @@ def identify(endpoint: Endpoint, url: str, image: Tensor, labels: Sequence[str])
     match answer.get("artifact"):
         case None:
             return Identity(artifact=None, queries=0)
-        case {"id": str(name), "queries_spent": int(queries)}:
-            return Identity(artifact=name, queries=queries)
+        case {"id": str(artifact), "queries_spent": int(queries), "name": str(name)}:
+            return Identity(artifact, queries, name)
+        case {"id": str(artifact), "queries_spent": int(queries)}:
+            return Identity(artifact, queries)
         case unknown:
             raise UserError(f"{url} describes its artifact in an unknown form: {unknown}")
 

@@ -14,8 +14,8 @@ mpl.use("Agg")  # files only; there may be no screen
 
 from matplotlib import pyplot as plt
 
+from training.campaign import WORST_CASE
 from training.plots import COLOURS, MARKERS
-from training.redteam import WORST_CASE
 from training.report_tables import MISSING, defences
 from training.results import Row
 

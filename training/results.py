@@ -16,12 +16,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from defense.files import replace_file
 from training.cli import UserError
+from training.intervals import bootstrap_interval
 
 NO_DEFENCE = "none"
 """The name of the bare victim in the column `defence`."""
-
-Statistic = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
-"""(R,n) resampled values -> (R,) statistics."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,11 @@ class Row:
         dataset: "brain_mri", "phantom" or a folder's name.
         task: "classification" or "segmentation".
         split: "test" or "validation".
-        attack: A name of `defense.attacks.ATTACKS`, "none" for clean images, "certificate" for certified accuracy.
-        norm: "linf", "l2", or "none".
-        epsilon: Size of the perturbation, or certified radius, in units of [0,1]; None where there is no bound.
+        attack: A name of `defense.attacks.ATTACKS`, "none" for clean images, "certificate" for certified accuracy;
+            `training.redteam`'s begin with "adaptive", "outsider" or "corruption".
+        norm: "linf", "l2", "severity" (of corruptions), or "none".
+        epsilon: Size of the perturbation, or certified radius, in units of [0,1], or severity; None where there is no
+            bound.
         defence: Name of the defence; `NO_DEFENCE` for the bare victim.
         metric: "accuracy", "dice", "iou", "dice_small" (lesions under a twentieth of the image), or "certified_...";
             "abstained" (share of pixels), "median_l2", "median_l2_scaled", ...
@@ -109,6 +109,57 @@ def replace_rows(path: Path, rows: Iterable[Row]) -> None:
     replace_file(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
+def measured_row(
+    values: Sequence[float] | npt.NDArray[np.float64],
+    *,
+    dataset: str,
+    task: str,
+    split: str,
+    attack: str,
+    norm: str,
+    epsilon: float | None,
+    defence: str,
+    metric: str,
+    queries: int,
+    seed: int,
+) -> Row:
+    """The row of what was measured image by image, with its interval.
+
+    Args:
+        values: One number an image, at least one; inf is allowed. Their median where the metric's name begins with
+            "median_", else their mean.
+        dataset: As in `Row`, and so are the others.
+        task: See there.
+        split: See there.
+        attack: See there.
+        norm: See there.
+        epsilon: See there.
+        defence: See there.
+        metric: See there.
+        queries: See there.
+        seed: See there; also of the resampling.
+    """
+    array = np.array(values, dtype=np.float64)
+    middle: Callable[..., npt.NDArray[np.float64]] = np.median if metric.startswith("median_") else np.mean
+    low, high = bootstrap_interval(array, lambda drawn: middle(drawn, axis=1), seed=seed)
+    return Row(
+        dataset=dataset,
+        task=task,
+        split=split,
+        attack=attack,
+        norm=norm,
+        epsilon=epsilon,
+        defence=defence,
+        metric=metric,
+        value=finite(float(middle(array))),
+        n=len(array),
+        queries=queries,
+        seed=seed,
+        low=finite(low),
+        high=finite(high),
+    )
+
+
 def score_row(
     values: Sequence[float],
     *,
@@ -134,9 +185,8 @@ def score_row(
         metric: As in `Row`.
         radius: At which certified L2 radius they hold; None: clean, without a certificate.
     """
-    array = np.array(values, dtype=np.float64)
-    low, high = bootstrap_interval(array, seed=seed)
-    return Row(
+    return measured_row(
+        values,
         dataset=dataset,
         task=task,
         split=split,
@@ -145,91 +195,9 @@ def score_row(
         epsilon=radius,
         defence=defence,
         metric=metric,
-        value=float(array.mean()),
-        n=len(array),
         queries=queries,
         seed=seed,
-        low=low,
-        high=high,
     )
-
-
-def bootstrap_interval(
-    values: Sequence[float] | npt.NDArray[np.float64],
-    statistic: Statistic | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over images.
-
-    Args:
-        values: (n,) one number an image, n >= 1; inf is allowed.
-        statistic: What to compute along the last axis; the mean when None.
-        level: Coverage, in (0,1).
-        resamples: Number R of bootstrap samples.
-        seed: Seed of the resampling.
-
-    Returns:
-        (low, high), order statistics of the resampled ones, and so never interpolated towards inf.
-
-    Raises:
-        ValueError: There are no values.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError("a bootstrap interval needs at least one value")
-    picks = np.random.default_rng(seed).integers(array.size, size=(resamples, array.size))
-    drawn = array[picks]
-    statistics = drawn.mean(axis=1) if statistic is None else statistic(drawn)
-    return _percentiles(statistics, level)
-
-
-def nested_interval(
-    values: npt.NDArray[np.float64],
-    reference: npt.NDArray[np.float64] | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over seeds and images, or of the difference to a paired reference.
-
-    Every resample draws images once, for all seeds and for the reference too, because all were measured on the same
-    ones, and draws seeds, for values and reference apart. With one seed it is the interval over images alone; with a
-    few seeds it still understates how much seeds differ.
-
-    Args:
-        values: (S,n) one number a seed and image, S and n at least 1.
-        reference: (T,n) another method's, on the same images; the difference is values - reference.
-        level: Coverage, in (0,1).
-        resamples: Number of bootstrap samples.
-        seed: Seed of the resampling.
-
-    Raises:
-        ValueError: There are no values, or the reference is of another number of images.
-    """
-    if values.size == 0 or (reference is not None and reference.shape[1:] != values.shape[1:]):
-        raise ValueError("an interval needs values, and a reference on the same images")
-    rng = np.random.default_rng(seed)
-    images = rng.integers(values.shape[1], size=(resamples, values.shape[1]))
-
-    def drawn(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        seeds = rng.integers(len(table), size=(resamples, len(table)))
-        means = np.stack([one[images].mean(axis=1) for one in table], axis=1)
-        result: npt.NDArray[np.float64] = np.take_along_axis(means, seeds, axis=1).mean(axis=1)
-        return result
-
-    statistics = drawn(values) - (0.0 if reference is None else drawn(reference))
-    return _percentiles(statistics, level)
-
-
-def _percentiles(statistics: npt.NDArray[np.float64], level: float) -> tuple[float, float]:
-    """The (low, high) order statistics that leave out (1 - level) / 2 on either side."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
-    return float(low), float(high)
 
 
 def finite(value: float) -> float | None:

@@ -12,8 +12,9 @@ from defense.smoothing import linf_equivalent
 from training import plots
 from training.certificates import furthest, radii_of
 from training.cli import UserError
+from training.intervals import nested_interval
 from training.measuring import locked
-from training.results import Row, nested_interval, replace_rows, score_row
+from training.results import Row, replace_rows, score_row
 from training.runs import Group, read_groups
 from training.scoring import ACCURACY, DICE, TITLES
 

@@ -34,7 +34,7 @@ def test_bare_victim_has_no_artifact_and_cost_no_queries() -> None:
 
 def test_gateway_tells_its_artifact_and_what_it_cost() -> None:
     endpoint = Answering({"labels": ["a", "b"], "artifact": {"id": "f00", "queries_spent": 123, "name": "n"}})
-    assert identify(endpoint, "http://g", IMAGE, ("a", "b")) == Identity(artifact="f00", queries=123)
+    assert identify(endpoint, "http://g", IMAGE, ("a", "b")) == Identity("f00", 123, "n")
 
 
 @pytest.mark.parametrize(
