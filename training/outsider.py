@@ -160,8 +160,9 @@ class Outsider:
             classes, positions = answers.shape[1], tuple(answers.shape[2:])
             self._student = Surrogate(shape, classes, SurrogateSettings(), self._seed, self._device, positions)
             self._student.observe(shown, answers, "probabilities")
+            logger.info("teaching a student with %d answers, in %d steps", len(shown), self._student_steps)
             divergence = self._student.learn(self._student_steps, from_scratch=True)
-            logger.info("the student learned from %d answers; divergence %.3f nats", len(shown), divergence)
+            logger.info("the student was taught; divergence %.3f nats", divergence)
         return self._student
 
     def _inquiry(self, purpose: str) -> Inquiry:

@@ -145,7 +145,7 @@ def _outsider(
         splits.train.images,
         queries=arguments.queries,
         student_queries=arguments.student_queries,
-        student_steps=arguments.student_steps,
+        student_steps=arguments.student_steps or (1200 if chosen.labels.ndim == 1 else 400),
         steps=arguments.steps,
         seed=arguments.seed,
         device=device,
@@ -170,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gateway-mapping", type=Path, help="a mapping file, for [headers] such as X-API-Key (docs/victims.md)")
     add("--queries", type=positive_int, default=500, help="an image and run of an attack (default 500)")
     add("--student-queries", type=non_negative_int, default=2000, help="to teach a student (default 2000; 0: none)")
-    add("--student-steps", type=positive_int, default=1200, help="of its optimiser (default 1200)")
+    add("--student-steps", type=positive_int, help="of its optimiser (default 1200; of a segmenter's, 400)")
     group = parser.add_argument_group("insider")
     add = group.add_argument
     add("--victim", type=Path, help="the model's weights, as training.victim_fit wrote")
