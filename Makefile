@@ -10,7 +10,7 @@ SECONDS ?= 300
 CODE := defense services training benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos fuzz load bench audit lint format compose-check clean
+.PHONY: help install demo test chaos fuzz load bench reference audit lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ bench: install ## Ratios, after make demo: gateway and model against alternative
 	$(BIN)/python -m benchmarks.gateway_modes --victim $(OUT)/phantom/victim --artifact $(OUT)/phantom/zo-ds
 	$(BIN)/python -m benchmarks.zo_throughput --model $(OUT)/phantom/victim --artifact $(OUT)/phantom/pretrained/denoiser
 	$(BIN)/python -m benchmarks.scaling --victim $(OUT)/phantom/victim --pretrained $(OUT)/phantom/pretrained
+
+reference: install ## The API reference, from the docstrings, as HTML below OUT/reference.
+	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory $(OUT)/reference defense services training
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable

@@ -20,25 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from defense.artifact import Provenance, save_artifact
 from defense.difference_table import PUBLISHED_MU
-from defense.errors import InvalidAnswer
 from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.victims import QueryLedger
 from services.protocol.client import HTTPVictim
-from services.protocol.errors import ServiceError
 from training import cli, pretrain
 from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger, under
 from training.datasets import Splits, load_data
 from training.measuring import Endpoint
 from training.meeting import answer_options, meet, meet_again
 from training.presets import PRESETS, expanded
+from training.progress import log_end, train
 from training.provenance import settings_of, versions
 from training.team import Team, joined, shared
-from training.validation import Validation
 from training.zo_options import AUTO, add_zo_arguments
 from training.zo_parts import (
     build_estimator,
@@ -187,11 +184,11 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         if checkpoint is not None:
             trainer.restore(checkpoint)
             logger.info("resumed after step %d, %d queries spent", trainer.step, ledger.total)
-        reason = _train(trainer, ledger)
+        reason = train(trainer, ledger)
         served, best = trainer.best_sanitizer()
         if not team.is_first:
             return 0
-    _report(trainer, reason, best)
+    log_end(trainer, reason, best)
     # The artifact last: where it is, the run is finished, and nothing of the surrogate stands beside it.
     replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
     if not arguments.keep_surrogate:
@@ -261,39 +258,6 @@ def _pretrained(arguments: argparse.Namespace, splits: Splits, team: Team) -> Sa
 def _some(images: Tensor, count: int, seed: int) -> Tensor:
     """At most `count` of the images, at random: they are sorted by class."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]
-
-
-def _train(trainer: Trainer, ledger: QueryLedger) -> str:
-    with tqdm(
-        total=ledger.max_queries,
-        initial=ledger.total,
-        desc="zo_fit",
-        unit="query",
-        unit_scale=True,
-        disable=not trainer.team.is_first,
-    ) as bar:
-
-        def on_step(loss: float) -> None:
-            best = "-" if trainer.best is None else f"{trainer.best.agreement:.1%} at step {trainer.best.step}"
-            bar.set_postfix_str(f"step {trainer.step}, loss {loss:.3f}, best agreement {best}", refresh=False)
-            bar.update(ledger.total - bar.n)
-
-        try:
-            return trainer.fit(on_step)
-        except (ServiceError, InvalidAnswer):
-            logger.error("stopped after step %d; continue from the last checkpoint with --resume", trainer.step)
-            raise
-
-
-def _report(trainer: Trainer, reason: str, best: Validation) -> None:
-    first = trainer.history[0]
-    logger.info(
-        "ended: %s. Validation at sigma, single noisy copy: agreement %.1f%% before, %.1f%% best (step %d)",
-        reason,
-        100 * first.agreement,
-        100 * best.agreement,
-        best.step,
-    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from zo_fakes import SIZE, SPLITS
 from defense.artifact import load_artifact
 from training import zo_fit
 from training.checkpoint import Checkpoint, Journal
+from training.progress import CURVES
 from training.student import FOLDER_NAME, Student
 from training.zo_parts import surrogate_settings
 
@@ -62,7 +63,7 @@ def test_the_surrogate_is_deleted_when_training_ends(fit, tmp_path):
     assert not [name for name in Checkpoint.load(tmp_path / "out").tensors if name.startswith("surrogate")]
     weights = load_artifact(tmp_path / "out").manifest.weights_file
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("manifest.json", weights, "history.json", "checkpoint.safetensors", "queries.journal")
+        *("manifest.json", weights, "history.json", "checkpoint.safetensors", "queries.journal", CURVES)
     }
 
 
