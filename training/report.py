@@ -20,7 +20,7 @@ from defense.artifact import MANIFEST_FILE, Manifest, load_artifact
 from defense.files import replace_file
 from training.cli import UserError, run
 from training.report_figures import against_size, certified, image, learning
-from training.report_tables import MISSING, ladder, ledger
+from training.report_tables import MISSING, ladder, ledger, smallest
 from training.results import Row, read_rows
 from training.scoring import ACCURACY, DICE, SMALL
 from training.victim_fit import REPORT_NAME
@@ -31,7 +31,7 @@ _NOT_COVERED: Final = (
     "An attack larger than a certified radius, whatever the tables say of attacks that were tried: one that was not "
     "may be better.",
     "Oblivious attacks are made for the bare model by somebody who does not know of the gateway. They bound nothing. "
-    "Where the table has no adaptive column, nobody who knows the defence has attacked it here.",
+    "Where the table has no line of an insider, nobody who knows the defence has attacked it here.",
     "Changes that are not small ones of the pixels: other scanners and protocols, rotations, crops, artefacts, and "
     "images of a kind that the model was not made for.",
     "A certificate is about L2 distance between images at the model's resolution, in pixel values of [0, 1]; its "
@@ -78,6 +78,7 @@ def _write(arguments: argparse.Namespace) -> int:
         "<h2>The threat ladder</h2>",
         ladder(rows, metric) or MISSING,
         ladder(rows, SMALL),
+        smallest(rows),
         "<h2>Against the size of the attack</h2>",
         *against_size(rows, metric),
         "<h2>Certified</h2>",

@@ -14,7 +14,7 @@ mpl.use("Agg")  # files only; there may be no screen
 
 from matplotlib import pyplot as plt
 
-from training.campaign import WORST_CASE
+from training.campaign import OUTSIDER, WORST_CASE
 from training.plots import COLOURS, MARKERS
 from training.report_tables import MISSING, defences
 from training.results import Row
@@ -23,22 +23,23 @@ _ATTACKS: Final = (
     ("linf", "pgd", 255, "L-infinity size of the attack, in 1/255"),
     ("l2", "pgd-l2", 1, "L2 size of the attack"),
 )
+_HOW: Final = {WORST_CASE: "all attacks, worst case", OUTSIDER: "outsider, worst case"}
 Point = tuple[float, float]
 
 
 def against_size(rows: Sequence[Row], metric: str) -> Iterator[str]:
-    """Scores against epsilon: PGD made for the bare model, and the adaptive worst case."""
+    """Scores against epsilon: PGD made for the bare model, the worst case of an outsider, and that of all attacks."""
     scores = [row for row in rows if row.metric == metric]
     clean = {row.defence: [(0.0, row.value or 0.0)] for row in scores if row.attack == "none"}
     drawn = False
     for norm, oblivious, scale, unit in _ATTACKS:
         lines: list[tuple[str, int, str, list[Point]]] = []
         for number, defence in enumerate(defences(scores)):
-            for attack, style in ((oblivious, "-"), (WORST_CASE, "--")):
+            for attack, style in ((oblivious, "-"), (OUTSIDER, ":"), (WORST_CASE, "--")):
                 wanted = (defence, norm, attack)
                 found = [row for row in scores if (row.defence, row.norm, row.attack) == wanted and row.epsilon]
                 points = sorted((scale * (row.epsilon or 0), row.value or 0) for row in found)
-                how = "adaptive, worst case" if attack == WORST_CASE else f"oblivious {attack}"
+                how = _HOW.get(attack, f"oblivious {attack}")
                 if points:
                     lines.append((f"{defence}, {how}", number, style, [*clean.get(defence, []), *points]))
         if lines:

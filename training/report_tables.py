@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 
 from defense.artifact import Manifest
+from training.campaign import CORRUPTION, OUTSIDER, WORST_CASE
 from training.results import NO_DEFENCE, Row
 from training.scoring import TITLES
 
@@ -20,20 +21,35 @@ def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 
 
 def ladder(rows: Sequence[Row], metric: str) -> str:
-    """The scores under every attack that was measured, a column a defence; nothing where there are none."""
+    """The scores under every attack that was measured, by who attacks, a column a defence; nothing where none was."""
     shown = [row for row in rows if row.metric == metric and row.attack != "certificate"]
     if not shown:
         return ""
-    columns = sorted({_column(row) for row in shown}, key=lambda one: (one[0] != "none", one))
+    columns = sorted({_column(row) for row in shown}, key=lambda one: (_rung(one[0])[0], *one))
     cells = {(row.defence, _column(row)): row for row in shown}
     names = defences(shown)
     lines = []
     for attack, norm, epsilon in columns:
-        name = "clean" if attack == "none" else attack
-        line = [f"{html.escape(name)} <small>{_size(norm, epsilon)}</small>"]
+        line = [f"{html.escape(_rung(attack)[1])} <small>{_size(norm, epsilon)}</small>"]
         lines.append([*line, *(_cell(cells.get((defence, (attack, norm, epsilon)))) for defence in names)])
     head = ["attack", *map(html.escape, names)]
     return table(f"{TITLES[metric]}, in %", head, lines)
+
+
+def smallest(rows: Sequence[Row]) -> str:
+    """The median L2 norms of the smallest changes that attacks found, a column a defence; nothing where none was."""
+    shown = [row for row in rows if row.metric.startswith("median_")]
+    if not shown:
+        return ""
+    names = defences(shown)
+    cells = {(row.defence, row.attack, row.metric): row for row in shown}
+    lines = []
+    for attack, metric in sorted({(row.attack, row.metric) for row in shown}, key=lambda one: (_rung(one[0])[0], *one)):
+        how = " <small>made for the bare model, scaled up</small>" if metric.endswith("scaled") else ""
+        found = [cells.get((name, attack, metric)) for name in names]
+        line = ["-" if row is None else "beyond" if row.value is None else f"{row.value:.3f}" for row in found]
+        lines.append([html.escape(_rung(attack)[1]) + how, *line])
+    return table("Smallest change that was found, median L2 norm", ["attack", *map(html.escape, names)], lines)
 
 
 def ledger(artifacts: Mapping[str, Manifest]) -> Iterator[str]:
@@ -54,6 +70,19 @@ def defences(rows: Sequence[Row]) -> list[str]:
     return sorted({row.defence for row in rows}, key=lambda name: (name != NO_DEFENCE, name))
 
 
+def _rung(attack: str) -> tuple[int, str]:
+    """Where an attack stands on the ladder, and what it is called there."""
+    who, _, how = attack.partition("-")
+    if attack == "none":
+        return 0, "clean"
+    if who in (WORST_CASE, OUTSIDER, CORRUPTION):
+        order = (CORRUPTION, OUTSIDER, WORST_CASE).index(who)
+        title = {WORST_CASE: "insider", OUTSIDER: "outsider", CORRUPTION: "corruption"}[who]
+        worst = "outsider, worst case" if who == OUTSIDER else "all that were tried, worst case"
+        return 2 + order, f"{title}: {how}" if how else worst
+    return 1, f"oblivious: {attack}"
+
+
 def _column(row: Row) -> tuple[str, str, float]:
     return row.attack, row.norm, -1.0 if row.epsilon is None else row.epsilon
 
@@ -61,7 +90,7 @@ def _column(row: Row) -> tuple[str, str, float]:
 def _size(norm: str, epsilon: float) -> str:
     if epsilon < 0:
         return "" if norm == "none" else f"{norm}, smallest"
-    return f"{norm} {255 * epsilon:g}/255" if norm == "linf" else f"{norm} {epsilon:g}"
+    return f"{norm} {255 * epsilon:.3g}/255" if norm == "linf" else f"{norm} {epsilon:g}"
 
 
 def _cell(row: Row | None) -> str:

@@ -82,7 +82,15 @@ def test_everything_that_was_measured_is_in_one_file_that_asks_for_nothing(folde
     assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r'src="data:[^"]*"', "", page))
     assert len(outline.images) == 3  # L-infinity, certified, learning
     assert all(one["alt"] for one in outline.images)
-    for told in ("12.3", "7.3 to 17.3", "linf 4/255", "adaptive", "What is not covered", "Clinical use", "noise level"):
+    for told in (
+        "12.3",
+        "7.3 to 17.3",
+        "linf 4/255",
+        "all that were tried",
+        "What is not covered",
+        "Clinical use",
+        "noise level",
+    ):
         assert told in page
     assert "Not measured" not in page
 
@@ -116,3 +124,26 @@ def test_a_folder_without_an_artifact_is_refused(tmp_path: Path, capsys: pytest.
     assert report.main([str(tmp_path)]) == 2
     assert "holds no artifact" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_ladder_says_who_attacks_and_stands_in_the_order_of_what_they_know(folder: Path) -> None:
+    rows = [row("none", None, "ours", 0.9), row("pgd", 1 / 255, "ours", 0.8), row("adaptive-pgd", 1 / 255, "ours", 0.3)]
+    rows += [row("outsider-square", 1 / 255, "ours", 0.7), row("corruption-blur", 2.0, "ours", 0.6, norm="severity")]
+    rows += [row("adaptive", 1 / 255, "ours", 0.2), row("outsider", 1 / 255, "ours", 0.65)]
+    rows += [row("adaptive-ddn", None, "ours", 0.321, "median_l2", "l2")]
+    write_rows(folder / "results.json", rows)
+    page = written(folder)
+    names = re.findall(r'<th scope="row">([^<]+?) <small>', page)
+    assert names == [
+        "clean",
+        "oblivious: pgd",
+        "corruption: blur",
+        "outsider, worst case",
+        "outsider: square",
+        "all that were tried, worst case",
+        "insider: pgd",
+    ]
+    assert "severity 2" in page
+    assert '<th scope="row">insider: ddn</th><td>0.321</td>' in page
+    pictures = [base64.b64decode(one).decode() for one in re.findall(r"image/svg\+xml;base64,([^\"]+)", page)]
+    assert any("outsider, worst case" in one and "all attacks, worst case" in one for one in pictures)
