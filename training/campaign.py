@@ -94,7 +94,7 @@ class Campaign:
             spent = self._outsider.spent
             print(f"the outsider's queries: {sum(spent.values()):,} {spent}")
             if self._outsider.refused is not None:
-                print(f"the gateway refused more: {self._outsider.refused}; what was not attacked counts as held")
+                print(f"the gateway refused: {self._outsider.refused}; what was not attacked counts as held")
 
     def _parties(self) -> Mapping[str, Insider | Outsider]:
         both = {"insider": self._insider, "outsider": self._outsider}

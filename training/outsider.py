@@ -23,8 +23,9 @@ _OWN_NOISE = 0.1  # largest standard deviation of what is added to the student's
 class Outsider:
     """What is attacked by its answers, and how.
 
-    Where the gateway refuses to answer any more (429: its budget, or an attack that it suspects), the attacks end, and
-    count with what they had found.
+    Where the gateway refuses to answer (429: its budget, or an attack that it suspects), the run of that attack ends
+    for all of its images and counts with what it had found; the next one tries again. Who sends image by image, waits,
+    or has several keys may get further.
 
     Args:
         endpoint: The gateway.
@@ -39,8 +40,8 @@ class Outsider:
         device: Where the student learns.
 
     Attributes:
-        spent: Queries by purpose.
-        refused: What the gateway said when it refused; None while it does not.
+        spent: Queries that were answered, by purpose.
+        refused: What the gateway said when it last refused; None while it does not.
 
     Raises:
         UserError: The gateway does not even answer the images as they are.
@@ -66,6 +67,7 @@ class Outsider:
         self._queries, self._steps, self._seed, self._device = queries, steps, seed, device
         self._student_queries, self._student_steps = student_queries, student_steps
         self._student: Surrogate | None = None
+        self._tried_to_teach = False
         self._walked: Inquiry | None = None
         self._squared = torch.ones(len(images), dtype=torch.float64)  # a change that is small enough for a smaller size
         try:
@@ -146,7 +148,8 @@ class Outsider:
 
     def _taught(self) -> Surrogate | None:
         """The student; None without queries for it."""
-        if self._student is None and self._student_queries and self.refused is None:
+        if not self._tried_to_teach and self._student_queries:
+            self._tried_to_teach = True
             generator = torch.Generator().manual_seed(self._seed)
             index = torch.randint(len(self._own), (self._student_queries,), generator=generator)
             noise = torch.randn((len(index), *self._own.shape[1:]), generator=generator)
@@ -172,18 +175,16 @@ class Outsider:
         """The gateway's probabilities.
 
         Raises:
-            SpentError: It refuses, or did before.
+            SpentError: It refuses.
         """
         answers = []
         for part in images.split(_REQUEST):
-            if self.refused is not None:
-                raise SpentError
-            self.spent[purpose] = self.spent.get(purpose, 0) + len(part)
             try:
                 answers.append(self._endpoint(part))
             except Overloaded as error:
                 self.refused = error.message
                 raise SpentError from error
+            self.spent[purpose] = self.spent.get(purpose, 0) + len(part)
         return torch.cat(answers)
 
     def _scored(self, answers: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -39,7 +40,6 @@ from training.datasets import ImageSet, Splits, load_data
 from training.inprocess import in_process
 from training.insider import Insider
 from training.measuring import (
-    PATIENCE_S,
     Identity,
     add_measuring_arguments,
     chosen_images,
@@ -50,6 +50,9 @@ from training.measuring import (
 from training.outsider import Outsider
 from training.results import NO_DEFENCE, measured_row
 from training.scoring import main_metric
+
+_PATIENCE_S: Final = 10.0
+"""How long the outsider waits where the gateway is away or refuses, in seconds: rates pass, suspicion does not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +139,7 @@ def _outsider(
     if url is None:
         return None, None
     mapping = load_mapping(arguments.gateway_mapping)
-    endpoint = stack.enter_context(HTTPVictim([url], patience_s=PATIENCE_S, mapping=mapping))
+    endpoint = stack.enter_context(HTTPVictim([url], patience_s=_PATIENCE_S, mapping=mapping))
     who = identify(endpoint, url, chosen.images[0], splits.labels)
     outsider = Outsider(
         endpoint,

@@ -28,8 +28,8 @@ CONTAINERS = re.compile(r"docker compose|curl .*localhost:8080")
 
 SMALLER = {
     "--max-queries 100000": "--max-queries 900 --batch 4 --extra 4 --warm-up 40 --warm-up-steps 4 "
-    "--validation-images 8 --pretrain-steps 2",
-    "training.pretrain": "training.pretrain --pretrain-steps 2",
+    "--validation-images 8 --pretrain-steps 2 --code 32",
+    "training.pretrain": "training.pretrain --pretrain-steps 2 --code 32",
     "--budgets 25000,100000 --seeds 0,1,2": "--budgets 900 --seeds 0 --n 100 --limit 4",
     ",guided,surrogate ": " ",  # their first training alone takes longer than all the rest
     "--limit 40": "--limit 4",
