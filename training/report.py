@@ -20,7 +20,7 @@ from defense.artifact import MANIFEST_FILE, Manifest, load_artifact
 from defense.files import replace_file
 from training.cli import UserError, run
 from training.report_figures import against_size, certified, image, learning
-from training.report_tables import MISSING, ladder, ledger, smallest
+from training.report_tables import MISSING, attacks, corruptions, ladder, ledger, smallest
 from training.results import Row, read_rows
 from training.scoring import ACCURACY, DICE, SMALL
 from training.victim_fit import REPORT_NAME
@@ -79,6 +79,8 @@ def _write(arguments: argparse.Namespace) -> int:
         ladder(rows, metric) or MISSING,
         ladder(rows, SMALL),
         smallest(rows),
+        *_folded("Each attack by itself", attacks(rows, metric)),
+        corruptions(rows, metric),
         "<h2>Against the size of the attack</h2>",
         *against_size(rows, metric),
         "<h2>Certified</h2>",
@@ -137,7 +139,7 @@ def _defended(
     for name, manifest in artifacts.items():
         how = f"{manifest.queries_spent:,} queries" if manifest.queries_spent else "without a query"
         yield (
-            f"<li><b>{html.escape(name)}</b>: {html.escape(manifest.provenance.method)}, {how}, noise level "
+            f"<li><b>{html.escape(name)}</b>: {html.escape(_method(manifest))}, {how}, noise level "
             f"{manifest.sigma:g}, artifact {manifest.id}</li>"
         )
     yield "</ul>"
@@ -145,6 +147,18 @@ def _defended(
         images = sorted({(row.split, row.n) for row in rows if row.metric == metric})
         told = ", ".join(f"{n} ({split})" for split, n in images)
         yield f"<p><small>Images: {told}. Beside each number its 95% interval, by bootstrap over images.</small></p>"
+
+
+def _folded(title: str, content: str) -> Iterator[str]:
+    if content:
+        yield f"<details><summary>{html.escape(title)}</summary>{content}</details>"
+
+
+def _method(manifest: Manifest) -> str:
+    """What trained it, and by which estimator of the gradient."""
+    made_by = manifest.provenance
+    kind = made_by.estimator.get("kind") if isinstance(made_by.estimator, dict) else None
+    return f"{made_by.method} by {kind}" if kind else made_by.method
 
 
 def _grid(folder: Path) -> Iterator[str]:
@@ -165,7 +179,7 @@ def _settings(artifacts: Mapping[str, Manifest]) -> Iterator[str]:
             "weights": manifest.weights_sha256,
         }
         shown = html.escape(json.dumps(told, indent=1))
-        yield f"<details><summary>{html.escape(name)}</summary><pre>{shown}</pre></details>"
+        yield from _folded(name, f"<pre>{shown}</pre>")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ mpl.use("Agg")  # files only; there may be no screen
 
 from matplotlib import pyplot as plt
 
+from training.attack_checks import SURE
 from training.campaign import OUTSIDER, WORST_CASE
 from training.plots import COLOURS, MARKERS
 from training.report_tables import MISSING, defences
@@ -38,6 +39,7 @@ def against_size(rows: Sequence[Row], metric: str) -> Iterator[str]:
             for attack, style in ((oblivious, "-"), (OUTSIDER, ":"), (WORST_CASE, "--")):
                 wanted = (defence, norm, attack)
                 found = [row for row in scores if (row.defence, row.norm, row.attack) == wanted and row.epsilon]
+                found = [row for row in found if norm != "linf" or (row.epsilon or 0) < SURE]  # a check, no result
                 points = sorted((scale * (row.epsilon or 0), row.value or 0) for row in found)
                 how = _HOW.get(attack, f"oblivious {attack}")
                 if points:

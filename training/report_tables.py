@@ -1,7 +1,8 @@
 """The tables of the report, in HTML."""
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import Enum
 
 from defense.artifact import Manifest
 from training.campaign import CORRUPTION, OUTSIDER, WORST_CASE
@@ -21,19 +22,48 @@ def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 
 
 def ladder(rows: Sequence[Row], metric: str) -> str:
-    """The scores under every attack that was measured, by who attacks, a column a defence; nothing where none was."""
-    shown = [row for row in rows if row.metric == metric and row.attack != "certificate"]
+    """The scores on clean images, under oblivious attacks, and in the worst cases; nothing where there are none."""
+    return _scores(rows, metric, f"{TITLES[metric]}, in %", {_Rung.CLEAN, _Rung.OBLIVIOUS, _Rung.WORST})
+
+
+def attacks(rows: Sequence[Row], metric: str) -> str:
+    """The scores under each attack of those worst cases; nothing where there are none."""
+    return _scores(rows, metric, f"{TITLES[metric]} under each of these attacks, in %", {_Rung.OUTSIDER, _Rung.INSIDER})
+
+
+def corruptions(rows: Sequence[Row], metric: str) -> str:
+    """The scores on images that were changed without intent, at rising severities; nothing where there are none."""
+    shown = [row for row in rows if row.metric == metric and _rung(row.attack)[0] is _Rung.CORRUPTION]
     if not shown:
         return ""
-    columns = sorted({_column(row) for row in shown}, key=lambda one: (_rung(one[0])[0], *one))
+    names = defences(shown)
+    lines = []
+    for attack in sorted({row.attack for row in shown}):
+        line = [html.escape(_rung(attack)[1])]
+        for name in names:
+            found = sorted(
+                (row.epsilon or 0, row.value or 0) for row in shown if (row.attack, row.defence) == (attack, name)
+            )
+            line.append(" / ".join(f"{100 * value:.1f}" for _, value in found) or "-")
+        lines.append(line)
+    caption = f"{TITLES[metric]} on images changed without intent, at severities 1 / 2 / 3, in %"
+    return table(caption, ["change", *map(html.escape, names)], lines)
+
+
+def _scores(rows: Sequence[Row], metric: str, caption: str, rungs: Collection["_Rung"]) -> str:
+    """A line an attack and size, by who attacks; a column a defence."""
+    shown = [row for row in rows if row.metric == metric and row.attack != "certificate"]
+    shown = [row for row in shown if _rung(row.attack)[0] in rungs]
+    if not shown:
+        return ""
+    columns = sorted({_column(row) for row in shown}, key=lambda one: (_rung(one[0])[0].value, *one))
     cells = {(row.defence, _column(row)): row for row in shown}
     names = defences(shown)
     lines = []
     for attack, norm, epsilon in columns:
         line = [f"{html.escape(_rung(attack)[1])} <small>{_size(norm, epsilon)}</small>"]
         lines.append([*line, *(_cell(cells.get((defence, (attack, norm, epsilon)))) for defence in names)])
-    head = ["attack", *map(html.escape, names)]
-    return table(f"{TITLES[metric]}, in %", head, lines)
+    return table(caption, ["attack", *map(html.escape, names)], lines)
 
 
 def smallest(rows: Sequence[Row]) -> str:
@@ -44,7 +74,9 @@ def smallest(rows: Sequence[Row]) -> str:
     names = defences(shown)
     cells = {(row.defence, row.attack, row.metric): row for row in shown}
     lines = []
-    for attack, metric in sorted({(row.attack, row.metric) for row in shown}, key=lambda one: (_rung(one[0])[0], *one)):
+    for attack, metric in sorted(
+        {(row.attack, row.metric) for row in shown}, key=lambda one: (_rung(one[0])[0].value, *one)
+    ):
         how = " <small>made for the bare model, scaled up</small>" if metric.endswith("scaled") else ""
         found = [cells.get((name, attack, metric)) for name in names]
         line = ["-" if row is None else "beyond" if row.value is None else f"{row.value:.3f}" for row in found]
@@ -70,17 +102,32 @@ def defences(rows: Sequence[Row]) -> list[str]:
     return sorted({row.defence for row in rows}, key=lambda name: (name != NO_DEFENCE, name))
 
 
-def _rung(attack: str) -> tuple[int, str]:
+class _Rung(Enum):
+    """Who attacks, in the order of what they know."""
+
+    CLEAN = 0
+    CORRUPTION = 1
+    OBLIVIOUS = 2
+    OUTSIDER = 3
+    INSIDER = 4
+    WORST = 5
+
+
+def _rung(attack: str) -> tuple[_Rung, str]:
     """Where an attack stands on the ladder, and what it is called there."""
     who, _, how = attack.partition("-")
-    if attack == "none":
-        return 0, "clean"
-    if who in (WORST_CASE, OUTSIDER, CORRUPTION):
-        order = (CORRUPTION, OUTSIDER, WORST_CASE).index(who)
-        title = {WORST_CASE: "insider", OUTSIDER: "outsider", CORRUPTION: "corruption"}[who]
-        worst = "outsider, worst case" if who == OUTSIDER else "all that were tried, worst case"
-        return 2 + order, f"{title}: {how}" if how else worst
-    return 1, f"oblivious: {attack}"
+    known = {
+        "none": (_Rung.CLEAN, "clean"),
+        OUTSIDER: (_Rung.WORST, "outsider, worst case"),
+        WORST_CASE: (_Rung.WORST, "all that were tried, worst case"),
+    }
+    rungs = {CORRUPTION: _Rung.CORRUPTION, OUTSIDER: _Rung.OUTSIDER, WORST_CASE: _Rung.INSIDER}
+    if attack in known:
+        return known[attack]
+    if who in rungs:
+        rung = rungs[who]
+        return rung, how if rung is _Rung.CORRUPTION else f"{rung.name.lower()}: {how}"
+    return _Rung.OBLIVIOUS, f"oblivious: {attack}"
 
 
 def _column(row: Row) -> tuple[str, str, float]:

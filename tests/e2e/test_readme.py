@@ -30,7 +30,7 @@ SMALLER = {
     "--max-queries 100000": "--max-queries 900 --batch 4 --extra 4 --warm-up 40 --warm-up-steps 4 "
     "--validation-images 8 --pretrain-steps 2 --code 32",
     "training.pretrain": "training.pretrain --pretrain-steps 2 --code 32",
-    "--budgets 25000,100000 --seeds 0,1,2": "--budgets 900 --seeds 0 --n 100 --limit 4",
+    "--budgets 25000,100000 --seeds 0,1,2": "--budgets 2500 --seeds 0 --n 100 --limit 4",
     ",guided,surrogate ": " ",  # their first training alone takes longer than all the rest
     "--limit 40": "--limit 4",
     "training.certify": "training.certify --n 100",

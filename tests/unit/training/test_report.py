@@ -137,13 +137,13 @@ def test_the_ladder_says_who_attacks_and_stands_in_the_order_of_what_they_know(f
     assert names == [
         "clean",
         "oblivious: pgd",
-        "corruption: blur",
+        "all that were tried, worst case",
         "outsider, worst case",
         "outsider: square",
-        "all that were tried, worst case",
         "insider: pgd",
     ]
-    assert "severity 2" in page
+    assert "<summary>Each attack by itself</summary>" in page
+    assert '<th scope="row">blur</th><td>60.0</td>' in page
     assert '<th scope="row">insider: ddn</th><td>0.321</td>' in page
     pictures = [base64.b64decode(one).decode() for one in re.findall(r"image/svg\+xml;base64,([^\"]+)", page)]
     assert any("outsider, worst case" in one and "all attacks, worst case" in one for one in pictures)
