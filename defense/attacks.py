@@ -152,7 +152,7 @@ def craft(
     devices = [images.device] if images.device.type == "cuda" else []
     crafted = []
     # foolbox draws from torch's global generator and lets gradients pile up in the parameters.
-    with torch.random.fork_rng(devices=devices), _frozen(model):
+    with torch.random.fork_rng(devices=devices), frozen(model):
         torch.manual_seed(seed)
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
@@ -281,7 +281,7 @@ def holds(answers: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Keeps gradients out of the parameters, which also makes the backward pass cheaper."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:

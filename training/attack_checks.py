@@ -27,7 +27,8 @@ def checks(insider: Mapping[Size, Mapping[str, float]], outsider: Mapping[Size, 
     """What is wrong with the attacks, or that nothing is, a line a check; only what was attacked is checked.
 
     Args:
-        insider: The mean scores by size and attack, "worst" among them; empty: nobody attacked so.
+        insider: The mean scores by size and attack, with "worst", that of each image's least score, and "held", the
+            share of the images whose answer is right, or whose mask is not lost, even then; empty: nobody attacked so.
         outsider: The same of who sees answers alone.
     """
     found: list[str] = []
@@ -43,20 +44,20 @@ def checks(insider: Mapping[Size, Mapping[str, float]], outsider: Mapping[Size, 
             if low in one and high in one and one[low] < one[high] - _SLACK
         ]
 
+    small = {size: one for size, one in insider.items() if size != ("linf", SURE)}
     if insider:
         check("many steps are not weaker than one", below(insider, "fgsm", "pgd"))
-        small = {size: one for size, one in insider.items() if size[1] < SURE or size[0] != "linf"}
         check("twice the steps and another start change little", below(small, "pgd-twice", "pgd"))
         if any("pgd-transfer" in one for one in insider.values()):
             check("who sees no gradients of the defence is not better", below(insider, "pgd-transfer", "pgd"))
     if insider and outsider:
-        both = {size: {"in": one["worst"], "out": outsider[size]["worst"]} for size, one in insider.items()}
+        both = {size: {"in": one["worst"], "out": outsider[size]["worst"]} for size, one in small.items()}
         check("who sees answers alone is not better than who sees all", below(both, "out", "in"))
     for name, means in (("insider", insider), ("outsider", outsider)):
         if means:
             check(f"larger changes are not less successful ({name})", list(_rising(means)))
     if insider:
-        sure = insider["linf", SURE]["worst"]
+        sure = insider["linf", SURE]["held"]
         failures = [_told(("linf", SURE), sure, 0.0)] if sure > _SLACK else []
         check("a change of half the range always succeeds", failures)
     return found

@@ -8,10 +8,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from defense.attacks import LOST
 from training.attack_checks import SURE, Size, checks, describe
 from training.insider import Insider
 from training.outsider import Outsider
 from training.results import Row, align, write_rows
+from training.scoring import ACCURACY
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ OUTSIDER: Final = "outsider"
 CORRUPTION: Final = "corruption"
 """With the kind behind it, the `attack` of corrupted images."""
 
-_COLUMNS: Final = ("fgsm", "pgd", "pgd-twice", "pgd-bpda", "pgd-transfer", "square", "hopskipjump", "student")
+_COLUMNS: Final = ("fgsm", "pgd", "pgd-twice", "pgd-bpda", "pgd-transfer", "apgd", "square", "hopskipjump", "student")
 
 
 class Campaign:
@@ -74,7 +76,9 @@ class Campaign:
                 party_worst = torch.stack([parties[party], *scored.values()]).amin(0)
                 least.append(party_worst)
                 means[party][size] = {attack: float(values.mean()) for attack, values in scored.items()}
+                least_right = 1.0 if self._metric == ACCURACY else LOST
                 means[party][size]["worst"] = float(party_worst.mean())
+                means[party][size]["held"] = float((party_worst >= least_right).double().mean())
                 prefix = WORST_CASE if party == "insider" else OUTSIDER
                 written |= {(f"{prefix}-{attack}", *size): values for attack, values in scored.items()}
                 if party == "outsider":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from defense.adaptive import Defended, Smoothed
 from defense.attacks import craft, minimum_norms
+from defense.auto_pgd import auto_pgd
 from training.measuring import CHUNK
 from training.scoring import main_score
 
@@ -41,6 +42,7 @@ class Insider:
     ) -> None:
         self._images, self._labels = images, labels
         self._sigma, self._votes, self._steps, self._seed = sigma, votes, steps, seed
+        self._batch = 16 if votes else 128  # every noisy copy takes memory
         self._pipeline = Defended(sanitizer or nn.Identity(), victim).eval()
 
         def averaged(model: nn.Module) -> nn.Module:
@@ -59,7 +61,8 @@ class Insider:
         """(N,) scores under every attack of one size, by its name.
 
         `pgd` follows the exact gradient, `pgd-twice` from another random start and for twice the steps, `pgd-bpda` the
-        gradient that passes the sanitizer as if it did nothing, `pgd-transfer` that of the bare victim.
+        gradient that passes the sanitizer as if it did nothing, `pgd-transfer` that of the bare victim; `apgd` chooses
+        its steps by itself.
         """
         plans = {"pgd": ("exact", self._steps, self._seed), "pgd-twice": ("exact", 2 * self._steps, self._seed + 1)}
         plans |= {f"pgd-{name}": (name, self._steps, self._seed) for name in self._models if name != "exact"}
@@ -67,6 +70,17 @@ class Insider:
             name: self._craft("pgd" if norm == "linf" else "pgd-l2", model, epsilon, steps, seed)
             for name, (model, steps, seed) in plans.items()
         }
+        if epsilon:
+            made["apgd"] = auto_pgd(
+                norm,
+                self._models["exact"],
+                self._images,
+                self._labels,
+                epsilon,
+                steps=self._steps,
+                seed=self._seed,
+                batch=self._batch,
+            )
         if norm == "linf":
             made["fgsm"] = self._craft("fgsm", "exact", epsilon, 1, self._seed)
         return {name: self._scored(images) for name, images in made.items()}
@@ -83,8 +97,7 @@ class Insider:
         return norms[norms > 0]
 
     def _craft(self, attack: str, model: str, epsilon: float | None, steps: int | None, seed: int) -> Tensor:
-        batch = 16 if self._votes else 128
-        shown = self._models[model]
+        shown, batch = self._models[model], self._batch
         return craft(attack, shown, self._images, self._labels, epsilon, steps=steps, seed=seed, batch=batch)
 
     def _scored(self, images: Tensor) -> Tensor:

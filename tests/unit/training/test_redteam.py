@@ -77,6 +77,7 @@ def test_the_worst_case_is_that_of_each_image(monkeypatch, tmp_path: Path, capsy
             "adaptive-pgd-bpda",
             "adaptive-pgd-transfer",
             "adaptive-fgsm",
+            "adaptive-apgd",
         )
     }
     for row in rows:
