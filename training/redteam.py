@@ -12,8 +12,9 @@ budget was wrong.
 
 The insider attacks with PGD by the exact gradient through sanitizer and victim, from two random starts, the second with
 twice the steps; with PGD whose gradient passes the sanitizer as if it did nothing (BPDA); and with PGD made for the
-bare victim (transfer). DDN looks for the smallest L2 change. With --votes the defence is the majority of so many noisy
-copies, and gradients are means over --eot fresh ones. Without --artifact the bare victim is attacked.
+bare victim (transfer); and with Auto-PGD, which chooses its steps. DDN looks for the smallest L2 change. With --votes
+the defence is the majority of so many noisy copies, and gradients are means over --eot fresh ones. Without --artifact
+the bare victim is attacked.
 
 At every size each image counts as lost if any attack succeeds (the per-image worst case): `outsider` of the outsider's
 attacks, `adaptive` of all, in the rows that go to --results. At the end the attacks themselves are checked: one that
@@ -67,6 +68,10 @@ def _attack(arguments: argparse.Namespace) -> int:
         raise UserError("--artifact is attacked together with the weights behind it: name --victim too")
     if arguments.votes and arguments.artifact is None:
         raise UserError("--votes is about noisy copies in front of a sanitizer: name --victim and --artifact")
+    if arguments.votes and arguments.gateway_url is not None:
+        raise UserError(
+            "--votes attacks the vote in this process, a gateway answers in its own mode: attack them apart"
+        )
     device = resolve_device(arguments.device)
     splits = load_data(arguments)
     _, chosen = chosen_images(splits, arguments.split, arguments.limit, arguments.seed)

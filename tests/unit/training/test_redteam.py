@@ -153,6 +153,10 @@ def test_the_bare_victim_can_be_attacked_alike(monkeypatch, tmp_path: Path) -> N
         (["--artifact", "A"], "nothing to attack: name --gateway-url"),
         (["--gateway-url", "http://gateway", "--artifact", "A"], "name --victim too"),
         (["--victim", "unused", "--votes", "5"], "name --victim and --artifact"),
+        (
+            ["--victim", "unused", "--artifact", "A", "--votes", "5", "--gateway-url", "http://gateway"],
+            "attack them apart",
+        ),
         (["--victim", "unused", "--gateway-url", "http://gateway"], "the gateway serves f00d, --artifact is not given"),
         (
             ["--victim", "unused", "--artifact", "A", "--gateway-url", "http://gateway"],
