@@ -112,9 +112,9 @@ class Campaign:
                 print(f"{attack}: median L2 norm {norms.double().quantile(0.5, interpolation='nearest').item():.3f}")
 
     def _corrupted(self) -> None:
-        if self._outsider is None:
+        found = {} if self._outsider is None else self._outsider.corrupted()
+        if not found:
             return
-        found = self._outsider.corrupted()
         written: dict[_Key, Tensor] = {}
         for (kind, severity), one in found.items():
             written[f"{CORRUPTION}-{kind}", "severity", float(severity)] = one
