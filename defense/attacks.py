@@ -149,11 +149,8 @@ def craft(
     steps = attack.steps if steps is None else steps
     algorithm = attack.build(steps)
     arguments = {} if epsilon is None else {"epsilon": epsilon}
-    devices = [images.device] if images.device.type == "cuda" else []
     crafted = []
-    # foolbox draws from torch's global generator and lets gradients pile up in the parameters.
-    with torch.random.fork_rng(devices=devices), frozen(model):
-        torch.manual_seed(seed)
+    with undisturbed(model, images.device, seed):
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
             shown, classes = model, labels[part]
@@ -277,17 +274,27 @@ class _Holding(nn.Module):
 
 def holds(answers: Tensor, labels: Tensor) -> Tensor:
     """(N,) whether answers are right: equal classes (N,), or masks (N,H,W) that are not lost."""
-    return agreement(answers, labels) >= (1.0 if labels.ndim == 1 else LOST)
+    return agreement(answers, labels) >= least_right(labels)
+
+
+def least_right(labels: Tensor) -> float:
+    """The agreement from which on an answer is right: 1 for classes (N,), `LOST` for masks (N,H,W)."""
+    return 1.0 if labels.ndim == 1 else LOST
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Keeps gradients out of the parameters, which also makes the backward pass cheaper."""
+def undisturbed(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """Seeds torch's global generator, from which libraries draw, and keeps gradients out of the model's parameters.
+
+    Both are put back; without gradients of the parameters the backward pass is also cheaper.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

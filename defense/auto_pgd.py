@@ -8,7 +8,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from defense.attacks import frozen
+from defense.attacks import undisturbed
 from defense.objectives import agreement, stability_loss
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -42,10 +42,8 @@ def auto_pgd(
         (N,C,H,W) float32 in [0,1]: of a class an image that is answered wrongly, where one was passed, else the one of
         the largest cross-entropy; of a mask the one of the least Dice.
     """
-    devices = [images.device] if images.device.type == "cuda" else []
     crafted = []
-    with torch.random.fork_rng(devices=devices), frozen(model):
-        torch.manual_seed(seed)
+    with undisturbed(model, images.device, seed):
         for shown, wanted in zip(images.split(batch), labels.split(batch), strict=True):
             dense = wanted.ndim > 1
             attacked = _Graded(model, wanted).eval() if dense else model

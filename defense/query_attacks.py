@@ -8,13 +8,14 @@ the attack gained is read there, and is the same whether it ended by itself or n
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from defense.attacks import BOUNDS, LOST
+from defense.attacks import BOUNDS, LOST, least_right
 from defense.foolbox_parts import HopSkipJumpAttack, Misclassification, PyTorchModel
 from defense.objectives import agreement
 
@@ -90,9 +91,8 @@ class Inquiry:
     def nearest(self) -> Tensor:
         """(N,) the least L2 distance at which the answer was wrong, or the mask lost; inf: none was found."""
         nearest = torch.full((len(self.images),), float("inf"))
-        least = 1.0 if self.wanted.ndim == 1 else LOST  # as `holds` has it
         for owners, distances, agreed in self._trail:
-            lost = agreed < least
+            lost = agreed < least_right(self.wanted)
             nearest[owners[lost]] = torch.minimum(nearest[owners[lost]], distances[lost])
         return nearest
 
@@ -141,21 +141,20 @@ def _walk(inquiry: Inquiry, starts: Tensor, owners: Tensor) -> None:
     owners, starts = owners[wrong], starts[wrong]
     model = PyTorchModel(_Decision(inquiry, owners).eval(), bounds=BOUNDS, device=starts.device)
     criterion = Misclassification(torch.zeros(len(owners), dtype=torch.int64))
-    HopSkipJumpAttack(steps=inquiry.limit).run(model, inquiry.images[owners], criterion, starting_points=starts)
+    attack = HopSkipJumpAttack(steps=inquiry.limit)
+    try:
+        attack.run(model, inquiry.images[owners], criterion, starting_points=starts)
+    except (AssertionError, ValueError) as error:
+        # foolbox asks again about what it found, and insists on the answer; one that is drawn at random may differ.
+        if isinstance(error, ValueError) and "not adversarial" not in str(error):
+            raise
+        logger.info("an answer changed between two queries, which ended HopSkipJump; what it had found counts")
 
 
 def _run(attack: Callable[[], object], seed: int) -> None:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), suppress(SpentError):
         torch.manual_seed(seed)
-        try:
-            attack()
-        except SpentError:
-            pass
-        except (AssertionError, ValueError) as error:
-            # foolbox asks again about what it found, and insists on the answer; one that is drawn at random may differ.
-            if isinstance(error, ValueError) and "not adversarial" not in str(error):
-                raise
-            logger.info("an answer changed between two queries, which ended HopSkipJump; what it had found counts")
+        attack()
 
 
 class _Square(SquareAttack):  # type: ignore[misc]

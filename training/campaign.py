@@ -8,12 +8,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from defense.attacks import LOST
 from training.attack_checks import SURE, Size, checks, describe
 from training.insider import Insider
 from training.outsider import Outsider
 from training.results import Row, align, write_rows
-from training.scoring import ACCURACY
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +38,7 @@ class Campaign:
         outsider: Who sees answers alone, if anybody.
         row: Makes a row of `training.results.measured_row`'s remaining arguments.
         metric: Of the scores.
+        least_right: The score from which on an answer is right.
         results: Where rows go.
     """
 
@@ -49,10 +48,11 @@ class Campaign:
         outsider: Outsider | None,
         row: Callable[..., Row],
         metric: str,
+        least_right: float,
         results: Path,
     ) -> None:
         self._insider, self._outsider, self._results = insider, outsider, results
-        self._row, self._metric = row, metric
+        self._row, self._metric, self._least_right = row, metric, least_right
 
     def run(self, linf: Sequence[float], l2: Sequence[float]) -> None:
         """Attacks, writes rows, and prints the table and the checks.
@@ -76,9 +76,8 @@ class Campaign:
                 party_worst = torch.stack([parties[party], *scored.values()]).amin(0)
                 least.append(party_worst)
                 means[party][size] = {attack: float(values.mean()) for attack, values in scored.items()}
-                least_right = 1.0 if self._metric == ACCURACY else LOST
                 means[party][size]["worst"] = float(party_worst.mean())
-                means[party][size]["held"] = float((party_worst >= least_right).double().mean())
+                means[party][size]["held"] = float((party_worst >= self._least_right).double().mean())
                 prefix = WORST_CASE if party == "insider" else OUTSIDER
                 written |= {(f"{prefix}-{attack}", *size): values for attack, values in scored.items()}
                 if party == "outsider":

@@ -32,6 +32,7 @@ from typing import Final
 import torch
 
 from defense.artifact import load_artifact
+from defense.attacks import least_right
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.mapping import load_mapping
@@ -95,8 +96,9 @@ def _attack(arguments: argparse.Namespace) -> int:
             queries=who.queries,
             seed=arguments.seed,
         )
-        campaign = Campaign(insider, outsider, row, main_metric(chosen.labels), arguments.results)
-        print(f"{name} on {splits.name}, {arguments.split}, {len(chosen)} images; {main_metric(chosen.labels)}, in %")
+        metric = main_metric(chosen.labels)
+        campaign = Campaign(insider, outsider, row, metric, least_right(chosen.labels), arguments.results)
+        print(f"{name} on {splits.name}, {arguments.split}, {len(chosen)} images; {metric}, in %")
         if insider is not None:
             copies = (
                 f"majority of {arguments.votes} copies, EOT over {arguments.eot}" if arguments.votes else "one pass"

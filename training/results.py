@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,44 +161,16 @@ def measured_row(
     )
 
 
-def score_row(
-    values: Sequence[float],
-    *,
-    dataset: str,
-    task: str,
-    split: str,
-    defence: str,
-    queries: int,
-    seed: int,
-    metric: str,
-    radius: float | None = None,
-) -> Row:
-    """The row of a mean over images, with its interval.
+def score_row(values: Sequence[float], *, radius: float | None = None, **shared: Any) -> Row:
+    """The row of a mean over images, clean or certified.
 
     Args:
         values: One number an image, at least one; 1 and 0 for right and wrong.
-        dataset: As in `Row`.
-        task: As in `Row`.
-        split: As in `Row`.
-        defence: As in `Row`.
-        queries: As in `Row`.
-        seed: As in `Row`; also of the resampling.
-        metric: As in `Row`.
         radius: At which certified L2 radius they hold; None: clean, without a certificate.
+        shared: The other arguments of `measured_row`.
     """
-    return measured_row(
-        values,
-        dataset=dataset,
-        task=task,
-        split=split,
-        attack="none" if radius is None else "certificate",
-        norm="none" if radius is None else "l2",
-        epsilon=radius,
-        defence=defence,
-        metric=metric,
-        queries=queries,
-        seed=seed,
-    )
+    attack, norm = ("none", "none") if radius is None else ("certificate", "l2")
+    return measured_row(values, attack=attack, norm=norm, epsilon=radius, **shared)
 
 
 def finite(value: float) -> float | None:

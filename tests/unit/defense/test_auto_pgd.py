@@ -3,32 +3,16 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_defence import SIDE, Brighter, splits
 
 from defense.attacks import craft
 from defense.auto_pgd import auto_pgd
 from defense.objectives import agreement
 
-SIDE = 16
-
-
-class Brighter(nn.Module):
-    """Of every pixel whether it is brighter than one half; with `whole`, of the image."""
-
-    def __init__(self, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-        self.scale = nn.Parameter(torch.tensor(10.0))
-
-    def forward(self, images: Tensor) -> Tensor:
-        score = self.scale * (images[:, :1] - 0.5)
-        logits = torch.cat([-score, score], dim=1)
-        return logits.mean((2, 3)) if self.whole else logits
-
 
 def data(whole: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    model = Brighter(whole).eval()
-    images = torch.rand(6, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return model, images, model(images).argmax(1)
+    part = splits(whole).validation
+    return Brighter(whole).eval(), part.images, part.labels
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -24,8 +24,9 @@ def test_curves_hold_every_step_and_validation(fit, tmp_path):
     assert drawn["validation/loss"] == expected
     spent = Checkpoint.load(tmp_path / "out").state["ledger"]
     assert drawn["queries/training"][-1] == (6, spent["training"])
-    last = [values[-1][1] for tag, values in drawn.items() if tag.startswith("queries/") and "a" in tag]
-    assert max(last) <= sum(spent.values())
+    (step, total), before = drawn["queries/all"][-1], history[-1]["queries"]
+    assert step == 6
+    assert total == sum(drawn[f"queries/{purpose}"][-1][1] for purpose in spent) <= before == sum(spent.values())
 
 
 def test_a_resumed_run_draws_on_where_its_checkpoint_was(fit, endpoint, tmp_path):

@@ -18,9 +18,10 @@ class Brighter(nn.Module):
     def __init__(self, whole: bool) -> None:
         super().__init__()
         self.whole = whole
+        self.scale = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, images: Tensor) -> Tensor:
-        score = 10 * (images[:, :1] - 0.5)
+        score = self.scale * (images[:, :1] - 0.5)
         logits = torch.cat([-score, score], dim=1)
         return logits.mean((2, 3)) if self.whole else logits
 
