@@ -33,10 +33,10 @@ from defense.artifact import load_artifact
 from defense.attacks import craft
 from defense.smoothing import ABSTAIN
 from services.hospital.model import load_victim
-from training import cli
-from training.datasets import load_data
-from training.measuring import chosen_images
-from training.results import align
+from training.command import cli
+from training.data.datasets import load_data
+from training.measure.endpoints import chosen_images
+from training.measure.results import align
 
 _INSIDE: Final = 0.999  # of the radius: float32 rounds distances too
 _LEAST: Final = 1e-12  # keeps the logarithm finite

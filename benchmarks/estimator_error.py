@@ -37,10 +37,11 @@ from defense.estimators import (
 from defense.sanitizer import Sanitizer
 from defense.surrogates import Surrogate
 from services.device import resolve_device
-from training import cli, pretrain
-from training.datasets import load_data
-from training.inprocess import in_process
-from training.plots import COLOURS, MARKERS
+from training import pretrain
+from training.command import cli
+from training.comparison.plots import COLOURS, MARKERS
+from training.data.datasets import load_data
+from training.victim.in_process import in_process
 
 
 def image_estimators(bench: Bench, autoencoder: Sanitizer, surrogates: dict[int, Surrogate]) -> Iterator[Finding]:

@@ -15,8 +15,8 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks.running import add_model_arguments, defended
-from training import cli
-from training.results import align
+from training.command import cli
+from training.measure.results import align
 
 
 def main() -> int:

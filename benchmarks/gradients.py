@@ -15,8 +15,8 @@ from defense.files import replace_file
 from defense.objectives import inject_gradient, located_loss, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.surrogates import Surrogate, SurrogateSettings
-from training.inprocess import InProcessVictim
-from training.results import align
+from training.measure.results import align
+from training.victim.in_process import InProcessVictim
 
 MU: Final = 0.05
 """Step of all differences, in L2 norm."""

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from benchmarks.running import add_model_arguments, defended
 from defense.artifact import load_artifact
 from services.protocol import oip
-from training import cli
-from training.results import align
+from training.command import cli
+from training.measure.results import align
 
 _WARM_UP = 20
 

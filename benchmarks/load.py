@@ -27,8 +27,8 @@ import psutil
 from benchmarks.running import add_model_arguments, defended
 from defense.artifact import load_artifact
 from services.protocol import oip
-from training import cli
-from training.results import align
+from training.command import cli
+from training.measure.results import align
 
 _CAPACITY_S: Final = 60.0
 

@@ -21,10 +21,11 @@ from matplotlib import pyplot as plt
 from benchmarks.gradients import MU, Bench, Finding, rge, write
 from defense.estimators import LocalGradientEstimator
 from services.device import resolve_device
-from training import cli, pretrain
-from training.datasets import load_data
-from training.inprocess import in_process
-from training.plots import COLOURS, MARKERS
+from training import pretrain
+from training.command import cli
+from training.comparison.plots import COLOURS, MARKERS
+from training.data.datasets import load_data
+from training.victim.in_process import in_process
 
 _COUNTS = (4, 16, 64, 256)
 _WINDOWS = {"image": (1, 3, 5, 9, 17, 33), "code": (1, 3, 5)}

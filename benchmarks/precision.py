@@ -31,8 +31,8 @@ from defense.victims import MeteredVictim, QueryLedger, Victim
 from defense.votes import VotingVictim
 from services.hospital.model import load_victim
 from services.protocol.images import decode_image, encode_png
-from training import cli
-from training.datasets import load_data
+from training.command import cli
+from training.data.datasets import load_data
 
 _PROBE_IMAGES = 32
 _CHUNK = 256

@@ -39,10 +39,10 @@ from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import History, digests, fingerprints
 from services.protocol import oip
-from training import cli
-from training.datasets import load_data
-from training.measuring import chosen_images
-from training.results import align
+from training.command import cli
+from training.data.datasets import load_data
+from training.measure.endpoints import chosen_images
+from training.measure.results import align
 
 _NEAR: Final = (10, 15, 25, 50, 100)
 _RADII: Final = (0.02, 0.04, 0.06)

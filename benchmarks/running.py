@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from training import cli
-from training.processes import service
+from training.command import cli
+from training.command.subprocesses import service
 
 
 @dataclass(frozen=True)

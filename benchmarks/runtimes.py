@@ -19,8 +19,8 @@ from defense.artifact import load_artifact
 from services.device import resolve_device
 from services.gateway.runtimes import KINDS, TOLERANCE, disagreement, load_runtime, open_runtime
 from services.protocol.errors import ServiceError
-from training import cli
-from training.results import align
+from training.command import cli
+from training.measure.results import align
 
 
 def main() -> int:

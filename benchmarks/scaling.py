@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from defense.artifact import load_artifact
-from training import cli
-from training.processes import service
-from training.results import align
+from training.command import cli
+from training.command.subprocesses import service
+from training.measure.results import align
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ from defense.estimators import (
     SurrogateGradient,
 )
 from defense.estimators.directions import relative_variance
-from training import cli
+from training.command import cli
 
 DIMENSION = 192  # the code of the paper
 DRAWS = 400

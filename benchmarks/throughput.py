@@ -21,9 +21,9 @@ import psutil
 from benchmarks.load import Generator
 from benchmarks.peers import PEERS
 from benchmarks.running import add_model_arguments
-from training import cli
-from training.processes import service
-from training.results import align
+from training.command import cli
+from training.command.subprocesses import service
+from training.measure.results import align
 
 _WARM_UP_S = 3.0
 _OURS = {"gateway": [], "gateway, torch": ["--runtime", "torch"]}

@@ -22,10 +22,10 @@ from defense.estimators import RandomGradientEstimator
 from defense.victims import MeteredVictim, QueryLedger, Victim
 from services.hospital.model import load_victim
 from services.protocol.client import HTTPVictim
-from training import cli
-from training.processes import service
-from training.zo_settings import FitSettings
-from training.zo_trainer import Trainer
+from training.command import cli
+from training.command.subprocesses import service
+from training.fit.settings import FitSettings
+from training.fit.trainer import Trainer
 
 
 class Timed:

@@ -21,11 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from defense.smoothing import ABSTAIN, linf_equivalent
-from training.certificate_files import ClassLine, MaskLine, Settings
-from training.certificates import add_certificate_arguments, certified_score, certify_images, settle_certificate
-from training.cli import positive_int, run
-from training.datasets import load_data
-from training.measuring import (
+from training.certificates.certification import (
+    add_certificate_arguments,
+    certified_score,
+    certify_images,
+    settle_certificate,
+)
+from training.certificates.files import ClassLine, MaskLine, Settings
+from training.command.cli import positive_int, run
+from training.command.team import joined
+from training.data.datasets import load_data
+from training.measure.endpoints import (
     Connect,
     add_measuring_arguments,
     chosen_images,
@@ -33,8 +39,7 @@ from training.measuring import (
     defence_name,
     identify,
 )
-from training.results import Row, align, score_row, write_rows
-from training.team import joined
+from training.measure.results import Row, align, score_row, write_rows
 
 
 def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:

@@ -6,10 +6,10 @@ r"""Compares defences at equal numbers of victim queries, and prints and plots w
         --methods noise,mse,zo-ds,fo-ds --out OUT
     python -m training.compare --out OUT --summary
 
-The methods are those of `training.methods`. What needs training is trained by `training.zo_fit`, one run a method,
-budget and seed; then every run is certified on the same images under the same noise. Given again after an interruption,
-the command goes on where it was; several processes may share one OUT, and take no run that another one is at. The
-summary (results.json, table.md, certified.png, queries.png) is made from everything that is finished in OUT.
+The methods are those of `training.comparison.methods`. What needs training is trained by `training.zo_fit`, one run a
+method, budget and seed; then every run is certified on the same images under the same noise. Given again after an
+interruption, the command goes on where it was; several processes may share one OUT, and take no run that another one is
+at. The summary (results.json, table.md, certified.png, queries.png) is made from everything that is finished in OUT.
 """
 
 import argparse
@@ -30,15 +30,19 @@ from defense.artifact import MANIFEST_FILE, load_artifact
 from defense.preprocessors import PREPROCESSORS
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
-from training import cli, pretrain, zo_fit
-from training.certificate_files import Settings, read_output
-from training.certificates import add_certificate_arguments, certify_images, settle_certificate
-from training.checkpoint import Journal
-from training.cli import UserError
-from training.datasets import ImageSet, Splits, load_data
-from training.inprocess import connecting, in_process, refuse_another_victim
-from training.learning import check_flags, learn
-from training.measuring import (
+from training import pretrain, zo_fit
+from training.certificates.certification import add_certificate_arguments, certify_images, settle_certificate
+from training.certificates.files import Settings, read_output
+from training.command import cli
+from training.command.cli import UserError
+from training.comparison.fitting import check_flags, learn
+from training.comparison.methods import METHODS, method_list
+from training.comparison.runs import Record, Run, build_front, certificates_path, finished, plan
+from training.comparison.summary import CLAIM, summarize
+from training.data.datasets import ImageSet, Splits, load_data
+from training.fit.checkpoint import Journal
+from training.fit.probe import add_answer_arguments, answer_options
+from training.measure.endpoints import (
     PATIENCE_S,
     Defended,
     Endpoint,
@@ -47,12 +51,9 @@ from training.measuring import (
     identify,
     locked,
 )
-from training.meeting import add_answer_arguments, answer_options
-from training.methods import METHODS, method_list
-from training.results import NO_DEFENCE
-from training.runs import Record, Run, build_front, certificates_path, finished, plan
-from training.scoring import main_score
-from training.summary import CLAIM, summarize
+from training.measure.results import NO_DEFENCE
+from training.measure.scoring import main_score
+from training.victim.in_process import connecting, in_process, refuse_another_victim
 
 logger = logging.getLogger(__name__)
 

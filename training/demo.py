@@ -21,10 +21,11 @@ from typing import Any, Final
 
 from defense.artifact import MANIFEST_FILE, load_artifact
 from defense.files import replace_file
-from training import cli, pretrain
-from training.checkpoint import Journal
-from training.datasets import PHANTOM, dataset_name, settle
-from training.processes import ProcessFailed, run_verb, service
+from training import pretrain
+from training.command import cli
+from training.command.subprocesses import ProcessFailed, run_verb, service
+from training.data.datasets import PHANTOM, dataset_name, settle
+from training.fit.checkpoint import Journal
 from training.report import NAME as REPORT_FILE
 from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
 

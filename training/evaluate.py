@@ -36,11 +36,14 @@ from torch import Tensor, nn
 from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
 from services.hospital.model import load_victim
-from training.cli import UserError, add_device_argument, positive_float, run
-from training.datasets import Splits, load_data
-from training.experiment import Defence, Experiment
-from training.inprocess import in_process
-from training.measuring import (
+from training.attack.oblivious import Defence, Experiment
+from training.command.cli import UserError, add_device_argument, positive_float, run
+from training.command.team import Team, joined
+from training.comparison.methods import METHODS
+from training.comparison.runs import Run, build_front
+from training.data.datasets import Splits, load_data
+from training.fit.noise import with_noise
+from training.measure.endpoints import (
     Connect,
     Defended,
     Endpoint,
@@ -51,12 +54,9 @@ from training.measuring import (
     identify,
     number_list,
 )
-from training.methods import METHODS
-from training.noise import with_noise
-from training.results import NO_DEFENCE, format_table, write_rows
-from training.runs import Run, build_front
-from training.scoring import SMALL, TITLES, main_metric
-from training.team import Team, joined
+from training.measure.results import NO_DEFENCE, format_table, write_rows
+from training.measure.scoring import SMALL, TITLES, main_metric
+from training.victim.in_process import in_process
 from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05

@@ -29,11 +29,11 @@ from defense.artifact import load_artifact
 from defense.attacks import craft
 from defense.files import replace_file
 from services.device import resolve_device
-from training.cli import UserError, add_data_arguments, add_device_argument, positive_float, positive_int, run
-from training.datasets import Splits, load_data
-from training.inprocess import in_process
-from training.measuring import chosen_images
-from training.segmentation_metrics import dice
+from training.command.cli import UserError, add_data_arguments, add_device_argument, positive_float, positive_int, run
+from training.data.datasets import Splits, load_data
+from training.measure.endpoints import chosen_images
+from training.measure.segmentation import dice
+from training.victim.in_process import in_process
 
 _AMPLIFIED: Final = 0.5  # what the largest change is drawn as, either side of grey
 _TRUTH, _ANSWER = "#009E73", "#D55E00"  # of Okabe and Ito: told apart by people with the common colour blindnesses

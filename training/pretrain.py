@@ -26,10 +26,10 @@ from defense.errors import ArtifactError
 from defense.objectives import denoising_loss
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from services.device import resolve_device
-from training import cli
-from training.datasets import Splits, load_data
-from training.noise import with_noise
-from training.provenance import settings_of, versions
+from training.command import cli
+from training.command.provenance import settings_of, versions
+from training.data.datasets import Splits, load_data
+from training.fit.noise import with_noise
 
 logger = logging.getLogger(__name__)
 

@@ -36,12 +36,12 @@ from defense.attacks import least_right
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.mapping import load_mapping
-from training.campaign import Campaign
-from training.cli import UserError, add_device_argument, non_negative_int, positive_int, run
-from training.datasets import ImageSet, Splits, load_data
-from training.inprocess import in_process
-from training.insider import Insider
-from training.measuring import (
+from training.attack.campaign import Campaign
+from training.attack.insider import Insider
+from training.attack.outsider import Outsider
+from training.command.cli import UserError, add_device_argument, non_negative_int, positive_int, run
+from training.data.datasets import ImageSet, Splits, load_data
+from training.measure.endpoints import (
     Identity,
     add_measuring_arguments,
     chosen_images,
@@ -49,9 +49,9 @@ from training.measuring import (
     identify,
     number_list,
 )
-from training.outsider import Outsider
-from training.results import NO_DEFENCE, measured_row
-from training.scoring import main_metric
+from training.measure.results import NO_DEFENCE, measured_row
+from training.measure.scoring import main_metric
+from training.victim.in_process import in_process
 
 _PATIENCE_S: Final = 10.0
 """How long the outsider waits where the gateway is away or refuses, in seconds: rates pass, suspicion does not."""

@@ -18,11 +18,11 @@ from typing import Final
 
 from defense.artifact import MANIFEST_FILE, Manifest, load_artifact
 from defense.files import replace_file
-from training.cli import UserError, run
-from training.report_figures import against_size, certified, image, learning
-from training.report_tables import MISSING, attacks, corruptions, ladder, ledger, smallest
-from training.results import Row, read_rows
-from training.scoring import ACCURACY, DICE, SMALL
+from training.command.cli import UserError, run
+from training.measure.results import Row, read_rows
+from training.measure.scoring import ACCURACY, DICE, SMALL
+from training.reporting.figures import against_size, certified, image, learning
+from training.reporting.tables import MISSING, attacks, corruptions, ladder, ledger, smallest
 from training.victim_fit import REPORT_NAME
 
 NAME: Final = "report.html"

@@ -20,11 +20,11 @@ from defense.attacks import craft
 from defense.files import replace_file
 from services.device import resolve_device
 from services.protocol.images import encode_png
-from training.cli import UserError, add_data_arguments, add_device_argument, positive_float, positive_int, run
-from training.datasets import load_data
-from training.inprocess import in_process
-from training.measuring import chosen_images
-from training.scoring import main_score
+from training.command.cli import UserError, add_data_arguments, add_device_argument, positive_float, positive_int, run
+from training.data.datasets import load_data
+from training.measure.endpoints import chosen_images
+from training.measure.scoring import main_score
+from training.victim.in_process import in_process
 
 _TRIED: Final = 64
 _WORSE: Final = 0.3

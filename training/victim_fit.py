@@ -36,10 +36,10 @@ from services.device import resolve_device
 from services.hospital.model import FILE_NAME, VictimConfig, build_victim, victim_bytes
 from services.hospital.networks import Depth
 from services.protocol.images import encode_png
-from training import cli
-from training.datasets import Splits, load_data, settle
-from training.provenance import settings_of, versions
-from training.victim_tasks import TASKS, Classification, VictimTask
+from training.command import cli
+from training.command.provenance import settings_of, versions
+from training.data.datasets import Splits, load_data, settle
+from training.victim.tasks import TASKS, Classification, VictimTask
 
 REPORT_NAME: Final = "report.json"
 EXAMPLE_NAME: Final = "example.png"

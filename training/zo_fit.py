@@ -27,17 +27,14 @@ from defense.files import replace_file
 from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.victims import QueryLedger
 from services.protocol.client import HTTPVictim
-from training import cli, pretrain
-from training.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger, under
-from training.datasets import Splits, load_data
-from training.measuring import Endpoint
-from training.meeting import answer_options, meet, meet_again
-from training.presets import PRESETS, expanded
-from training.progress import log_end, train
-from training.provenance import settings_of, versions
-from training.team import Team, joined, shared
-from training.zo_options import AUTO, add_zo_arguments
-from training.zo_parts import (
+from training import pretrain
+from training.command import cli
+from training.command.provenance import settings_of, versions
+from training.command.team import Team, joined, shared
+from training.data.datasets import Splits, load_data
+from training.fit.checkpoint import FILE_NAME, Checkpoint, Journal, resumed_ledger, under
+from training.fit.options import AUTO, add_zo_arguments
+from training.fit.parts import (
     build_estimator,
     build_student,
     difference_of,
@@ -49,7 +46,11 @@ from training.zo_parts import (
     recorded,
     refuse_meaningless,
 )
-from training.zo_trainer import Trainer
+from training.fit.presets import PRESETS, expanded
+from training.fit.probe import answer_options, meet, meet_again
+from training.fit.progress import log_end, train
+from training.fit.trainer import Trainer
+from training.measure.endpoints import Endpoint
 
 logger = logging.getLogger(__name__)
 

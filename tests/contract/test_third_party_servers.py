@@ -20,7 +20,7 @@ from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import InvalidInput, NotFound, ServiceError, UpstreamInvalid
 from services.protocol.mapping import Mapping
 from training import pretrain, zo_fit
-from training.datasets import ImageSet, Splits
+from training.data.datasets import ImageSet, Splits
 
 IMAGES = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 CHOSEN = {"tensor": {"output": "scores"}}

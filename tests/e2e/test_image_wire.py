@@ -15,8 +15,8 @@ from defense.noise_floor import probe_queries
 from services.protocol.calls import read_call
 from services.protocol.images import decode_image
 from training import pretrain, zo_fit
-from training.checkpoint import Journal
-from training.datasets import ImageSet, Splits
+from training.data.datasets import ImageSet, Splits
+from training.fit.checkpoint import Journal
 
 SIZE = 16
 LABELS = ["left", "right"]

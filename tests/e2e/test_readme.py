@@ -16,7 +16,7 @@ import trustme
 from PIL import Image
 from zo_fit_runs import free_port, wait_for
 
-from training.phantoms import BRAIN_LABELS, brain_phantoms
+from training.data.phantoms import BRAIN_LABELS, brain_phantoms
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,8 @@ from zo_fit_runs import WAIT_S, counting_hospital, free_port, step_of, wait_for
 
 from defense.artifact import load_artifact
 from services.hospital.model import VictimConfig, build_victim
-from training.checkpoint import Journal
-from training.phantoms import BRAIN_LABELS
+from training.data.phantoms import BRAIN_LABELS
+from training.fit.checkpoint import Journal
 from training.victim_fit import save_victim
 
 KILLS = 3 * int(os.environ.get("CHAOS_ROUNDS", "1"))

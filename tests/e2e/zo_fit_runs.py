@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig, build_victim
-from training.checkpoint import Checkpoint
-from training.phantoms import BRAIN_LABELS
+from training.data.phantoms import BRAIN_LABELS
+from training.fit.checkpoint import Checkpoint
 
 SIZE = "32"
 WAIT_S = 120.0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from training.datasets import ImageSet, Splits
-from training.measuring import Connect, Endpoint
+from training.data.datasets import ImageSet, Splits
+from training.measure.endpoints import Connect, Endpoint
 
 LABELS = ("dark", "bright")
 SHAPE = (1, 4, 4)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from defense.smoothing import ABSTAIN
 from training import certify
-from training.certificate_files import ClassLine, read_output
-from training.certificates import certified_score, certify_image
-from training.results import read_rows
+from training.certificates.certification import certified_score, certify_image
+from training.certificates.files import ClassLine, read_output
+from training.measure.results import read_rows
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,13 @@ from torch import Tensor
 from zo_fakes import LABELS, SIZE, pretrain_into
 
 from services.protocol.errors import UpstreamUnreachable
-from training import compare, learning, methods, plots, runs, zo_fit
-from training.datasets import ImageSet, Splits
-from training.measuring import locked
-from training.methods import Method
-from training.results import read_rows
+from training import compare, zo_fit
+from training.comparison import fitting as learning
+from training.comparison import methods, plots, runs
+from training.comparison.methods import Method
+from training.data.datasets import ImageSet, Splits
+from training.measure.endpoints import locked
+from training.measure.results import read_rows
 
 URL = ["--victim-url", "http://victim"]
 QUICK = ("--batch", "8", "--validation-images", "4", "--validate-every", "50")

@@ -20,7 +20,7 @@ from measuring_fakes import (
 from defense.artifact import Provenance, save_artifact
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from training import evaluate
-from training.results import Row, read_rows
+from training.measure.results import Row, read_rows
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from PIL import Image
 from toy_defence import SIDE, Brighter, publish, splits
 
 from training import grid
-from training.datasets import ImageSet, Splits
-from training.inprocess import InProcessVictim
+from training.data.datasets import ImageSet, Splits
+from training.victim.in_process import InProcessVictim
 
 
 @pytest.fixture

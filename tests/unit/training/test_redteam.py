@@ -11,9 +11,9 @@ from toy_defence import SIDE, Brighter, publish, splits
 from defense import adaptive
 from defense.artifact import load_artifact
 from training import redteam
-from training.attack_checks import SURE
-from training.datasets import ImageSet, Splits
-from training.inprocess import InProcessVictim
+from training.attack.checks import SURE
+from training.data.datasets import ImageSet, Splits
+from training.victim.in_process import InProcessVictim
 
 
 class Gateway(InProcessVictim):

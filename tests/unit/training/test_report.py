@@ -11,7 +11,7 @@ import pytest
 from toy_defence import publish
 
 from training import report
-from training.results import Row, write_rows
+from training.measure.results import Row, write_rows
 
 
 def row(

@@ -9,7 +9,7 @@ from toy_defence import SIDE, Brighter, splits
 
 from services.protocol.images import decode_image
 from training import samples
-from training.inprocess import InProcessVictim
+from training.victim.in_process import InProcessVictim
 
 
 def make(monkeypatch: pytest.MonkeyPatch, out: Path, epsilon: str) -> int:

@@ -11,11 +11,11 @@ from measuring_fakes import GATEWAY_URL, VICTIM_URL, connecting
 from torch import Tensor, nn
 
 from training import certify, evaluate
-from training.certificate_files import MaskLine, read_output
-from training.datasets import ImageSet, Splits
-from training.measuring import stratified_order
-from training.results import Row, read_rows
-from training.scoring import scores, worst_case
+from training.certificates.files import MaskLine, read_output
+from training.data.datasets import ImageSet, Splits
+from training.measure.endpoints import stratified_order
+from training.measure.results import Row, read_rows
+from training.measure.scoring import scores, worst_case
 
 LABELS = ("background", "polyp")
 SIDE = 8

@@ -9,11 +9,11 @@ from torch import nn
 from services.hospital.model import VictimConfig, build_victim, load_victim
 from services.protocol.images import decode_image
 from training import victim_fit
-from training.datasets import ImageSet, Splits
-from training.folders import LESION_LABELS
-from training.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
-from training.segmentation_metrics import dice, iou
-from training.victim_tasks import Classification, ClassificationScore, Segmentation
+from training.data.datasets import ImageSet, Splits
+from training.data.folders import LESION_LABELS
+from training.data.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
+from training.measure.segmentation import dice, iou
+from training.victim.tasks import Classification, ClassificationScore, Segmentation
 
 
 @pytest.fixture

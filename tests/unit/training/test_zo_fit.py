@@ -10,7 +10,7 @@ from zo_fakes import LABELS, SIZE, SPLITS
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
 from training import pretrain, zo_fit
-from training.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
+from training.fit.checkpoint import FILE_NAME, JOURNAL_NAME, Checkpoint, Journal
 
 PROBE = probe_queries(32) + 1  # and one for the names of the classes
 

@@ -9,10 +9,10 @@ from zo_fakes import SIZE, SPLITS
 
 from defense.artifact import load_artifact
 from training import zo_fit
-from training.checkpoint import Checkpoint, Journal
-from training.progress import CURVES
-from training.student import FOLDER_NAME, Student
-from training.zo_parts import surrogate_settings
+from training.fit.checkpoint import Checkpoint, Journal
+from training.fit.parts import surrogate_settings
+from training.fit.progress import CURVES
+from training.fit.student import FOLDER_NAME, Student
 
 SURROGATE = ["--sanitizer", "denoiser", "--warm-up", "40", "--warm-up-steps", "4"]
 GUIDED = [*SURROGATE, "--guided", "--slope-weight", "0.1"]

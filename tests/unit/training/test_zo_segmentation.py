@@ -7,7 +7,7 @@ import torch
 from zo_fakes import SIZE, segment
 
 from defense.artifact import load_artifact
-from training.checkpoint import Checkpoint, Journal
+from training.fit.checkpoint import Checkpoint, Journal
 
 DENOISER = ["--sanitizer", "denoiser"]
 SURROGATE = [*DENOISER, "--warm-up", "40", "--warm-up-steps", "4"]

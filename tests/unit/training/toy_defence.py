@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from defense.artifact import Provenance, save_artifact
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
-from training.datasets import ImageSet, Splits
+from training.data.datasets import ImageSet, Splits
 
 SIDE = 16
 

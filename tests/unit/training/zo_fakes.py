@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.protocol.errors import UnsupportedMedia, UpstreamUnreachable
 from training import pretrain
-from training.datasets import ImageSet, Splits
+from training.data.datasets import ImageSet, Splits
 
 SIZE = 16
 LABELS = ["left", "right"]

@@ -1,0 +1,127 @@
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.command.cli import UserError
+from training.measure.endpoints import (
+    Defended,
+    Identity,
+    claim,
+    defence_name,
+    identify,
+    locked,
+    number_list,
+    stratified_order,
+)
+
+IMAGE = torch.zeros(1, 4, 4)
+
+
+class Answering:
+    def __init__(self, answer: dict[str, object], up: bool = True) -> None:
+        self.answer, self.up = answer, up
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise AssertionError("identifying takes no tensors")
+
+    def describe(self, _: Tensor) -> dict[str, object]:
+        return self.answer
+
+    def ready(self) -> bool:
+        return self.up
+
+
+def test_bare_victim_has_no_artifact_and_cost_no_queries() -> None:
+    endpoint = Answering({"labels": ["a", "b"]})
+    assert identify(endpoint, "http://v", IMAGE, ("a", "b")) == Identity(artifact=None, queries=0)
+
+
+def test_gateway_tells_its_artifact_and_what_it_cost() -> None:
+    endpoint = Answering({"labels": ["a", "b"], "artifact": {"id": "f00", "queries_spent": 123, "name": "n"}})
+    assert identify(endpoint, "http://g", IMAGE, ("a", "b")) == Identity("f00", 123, "n")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        (Answering({}, up=False), "nothing is ready at http://x"),
+        (Answering({"labels": ["b", "a"]}), "knows the classes"),
+        (Answering({"labels": ["a", "b"], "artifact": {"id": 5}}), "unknown form"),
+    ],
+)
+def test_endpoint_that_does_not_fit_is_a_user_error(endpoint: Answering, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        identify(endpoint, "http://x", IMAGE, ("a", "b"))
+
+
+def test_order_keeps_the_classes_proportions_in_every_beginning() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    for limit in (10, 20, 50, 100):
+        counts = Counter(labels[stratified_order(labels, limit, seed=3)].tolist())
+        for label, share in ((0, 0.6), (1, 0.3), (2, 0.1)):
+            assert abs(counts[label] - share * limit) <= 1
+
+
+def test_order_is_deterministic_and_a_smaller_limit_is_its_beginning() -> None:
+    labels = torch.arange(40) % 4
+    whole = stratified_order(labels, None, seed=1)
+    assert sorted(whole) == list(range(40))
+    assert stratified_order(labels, 7, seed=1) == whole[:7]
+    assert stratified_order(labels, 400, seed=1) == whole
+    assert stratified_order(labels, None, seed=2) != whole
+
+
+@pytest.mark.parametrize("text", ["", "a/b", "../x", "a b", ".hidden"])
+def test_defence_names_are_safe_file_names(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        defence_name(text)
+
+
+def test_number_list_drops_repetitions() -> None:
+    assert number_list("0,0.5,2,0.5") == [0.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "-1", "nan", "inf", "x"])
+def test_number_list_refuses_what_is_no_size(text: str) -> None:
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        number_list(text)
+
+
+def test_an_endpoint_behind_a_front_sees_what_the_front_makes() -> None:
+    seen = []
+
+    class Victim(Answering):
+        def __call__(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.flatten(1)[:, :2]
+
+    images = torch.rand(300, 1, 2, 2, requires_grad=True)
+    defended = Defended(lambda part: part + 1, Victim({}), torch.device("cpu"))
+    assert torch.equal(defended(images), (images + 1).flatten(1)[:, :2])
+    assert torch.equal(torch.cat(seen), images + 1)
+    assert not defended(images).requires_grad
+
+
+def test_a_lock_is_for_one_at_a_time_and_ends_with_its_block(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with locked(path, wait=False) as first, locked(path, wait=False) as second:
+        assert (first, second) == (True, False)
+    with locked(path, wait=True) as again:
+        assert again
+
+
+def test_a_claim_keeps_settings_apart_and_lets_only_the_images_grow(tmp_path: Path) -> None:
+    path = tmp_path / "claim.json"
+    claim(path, {"n": 10, "images": 5, "id": None})
+    claim(path, {"n": 10, "images": 8, "id": "a"})
+    claim(path, {"n": 10, "images": 8, "id": None})
+    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}
+    for settings in ({"n": 9}, {"images": 5}, {"id": "b"}):
+        with pytest.raises(UserError, match="use the same, or another --out"):
+            claim(path, settings)
+    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}

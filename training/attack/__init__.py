@@ -1,0 +1,1 @@
+"""Attackers by what they know: oblivious, outsider, insider."""

@@ -1,0 +1,115 @@
+"""Images attacked once, on the bare victim, and sent to every defence: what each makes of them."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
+from training.command.team import ALONE, Team
+from training.measure.results import NO_DEFENCE, Row, measured_row
+from training.measure.scoring import main_score, scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Defence:
+    """One line of the table: what answers the images' scores, and what it cost to learn."""
+
+    name: str
+    endpoint: Callable[[Tensor], Tensor]
+    queries: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the rows of one evaluation share.
+
+    Attributes:
+        dataset: Name of the data.
+        task: What the victim does.
+        split: Name of the split.
+        seed: Seed of attacks and intervals.
+        model: The bare victim's weights, logits, on the device where the attacks run.
+        device: That device.
+        images: (N,C,H,W) float32 in [0,1], on the CPU.
+        labels: (N,) int64 true classes, or (N,H,W) true masks.
+        defences: Where the images are sent, the bare victim first.
+        team: The processes that share the images; all have all of the above.
+    """
+
+    dataset: str
+    task: str
+    split: str
+    seed: int
+    model: nn.Module
+    device: torch.device
+    images: Tensor
+    labels: Tensor
+    defences: tuple[Defence, ...]
+    team: Team = ALONE
+
+    def clean(self) -> list[Row]:
+        """Scores on the images as they are."""
+        return self._scores(self.images, "none", "none", None)
+
+    def bounded(self, attack: str, epsilon: float) -> list[Row]:
+        """Scores under one attack of size epsilon, in units of [0,1]."""
+        return self._scores(self._craft(attack, epsilon), attack, ATTACKS[attack].norm, epsilon)
+
+    def minimal(self, attack: str) -> list[Row]:
+        """Scores and median norms under one minimum-norm attack."""
+        adversarials = self._craft(attack, None)
+        rows = self._scores(adversarials, attack, ATTACKS[attack].norm, None)
+        norms = minimum_norms(
+            self.model, self.images.to(self.device), adversarials.to(self.device), self.labels.to(self.device)
+        ).cpu()
+        right = norms > 0
+        if not right.any():
+            logger.warning("%s: the bare victim gets no image right, so there are no norms to report", attack)
+            return rows
+        for defence in self.defences:
+            if defence.name == NO_DEFENCE:
+                rows.append(self._median(defence, attack, "median_l2", norms[right]))
+            own = right.nonzero().squeeze(1)[self.team.share(int(right.sum()))]
+            scaled = scaled_norms(defence.endpoint, self.images[own], adversarials[own], self.labels[own])
+            rows.append(self._median(defence, attack, "median_l2_scaled", self.team.gather(scaled)))
+        return rows
+
+    def _craft(self, attack: str, epsilon: float | None) -> Tensor:
+        own = self.team.share(len(self.images))
+        images, labels = self.images[own].to(self.device), self.labels[own].to(self.device)
+        return self.team.gather(craft(attack, self.model, images, labels, epsilon, seed=self.seed).cpu())
+
+    def _scores(self, images: Tensor, attack: str, norm: str, epsilon: float | None) -> list[Row]:
+        rows = []
+        for defence in self.defences:
+            answers = self.team.gather(defence.endpoint(images[self.team.share(len(images))]).argmax(dim=1))
+            for metric, values in scores(answers, self.labels).items():
+                rows.append(self._row(defence, attack, norm, epsilon, metric, values))
+            size, main = "" if epsilon is None else f" {epsilon:.4f}", main_score(answers, self.labels).mean().item()
+            logger.info("%s%s: %s %.1f%%", attack, size, defence.name, 100 * main)
+        return rows
+
+    def _median(self, defence: Defence, attack: str, metric: str, norms: Tensor) -> Row:
+        row = self._row(defence, attack, ATTACKS[attack].norm, None, metric, norms)
+        logger.info("%s: %s %s %s", attack, defence.name, metric, "inf" if row.value is None else f"{row.value:.3f}")
+        return row
+
+    def _row(self, defence: Defence, attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
+        return measured_row(
+            values.double().numpy(),
+            dataset=self.dataset,
+            task=self.task,
+            split=self.split,
+            attack=attack,
+            norm=norm,
+            epsilon=epsilon,
+            defence=defence.name,
+            metric=metric,
+            queries=defence.queries,
+            seed=self.seed,
+        )

@@ -1,0 +1,1 @@
+"""Certificates of many images, in a file that a stopped run continues."""

@@ -1,0 +1,1 @@
+"""Images with the truth about them: folders, phantoms, near-duplicates, splits."""

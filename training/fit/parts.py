@@ -1,0 +1,298 @@
+"""The parts of a `zo_fit` run, as its arguments name them: estimator, settings of loop and surrogate."""
+
+import argparse
+import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+
+from defense.artifact import MethodName
+from defense.autoencoders import Autoencoder
+from defense.denoisers import WienerUNetDenoiser
+from defense.estimators import (
+    FEWEST_TERMS,
+    Basis,
+    Combination,
+    ControlVariate,
+    CoordinateGradientEstimator,
+    DecoderTangents,
+    Difference,
+    Directions,
+    Estimator,
+    ExactGradient,
+    Extrapolation,
+    FixedSpan,
+    Guided,
+    Isotropic,
+    LocalGradientEstimator,
+    RandomGradientEstimator,
+    Subspace,
+    SurrogateGradient,
+    SurrogateSpan,
+    low_frequencies,
+)
+from defense.sanitizer import Sanitizer
+from defense.surrogates import Surrogate, SurrogateSettings
+from defense.victims import MeteredVictim, QueryLedger
+from defense.votes import VotingVictim
+from training import pretrain
+from training.command import cli
+from training.data.datasets import Splits
+from training.fit.options import AUTO
+from training.fit.settings import FitSettings
+from training.fit.student import Student
+from training.measure.endpoints import Endpoint
+
+_LARGEST_WARM_UP = 20_000  # queries, unless told: the others are asked where the sanitizer is by then
+_OF_RGE = ("sampling", "subspace", "guided", "control_variate", "combine")
+_OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "slope_weight", "keep_surrogate")
+
+
+def uses_surrogate(arguments: argparse.Namespace) -> bool:
+    """Whether the method needs a student of the victim."""
+    flags = arguments.guided or arguments.control_variate or arguments.subspace == "surrogate" or arguments.extra
+    return bool(arguments.estimator == "surrogate" or (arguments.estimator == "rge" and flags))
+
+
+def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises UserError for a flag that would be ignored beside the others."""
+    rge, surrogate = arguments.estimator == "rge", uses_surrogate(arguments)
+    subspace = arguments.subspace in ("dct", "components", "surrogate")
+    applies = {
+        **dict.fromkeys(_OF_RGE, (rge, "--estimator rge")),
+        "directions": (rge or arguments.estimator == "local", "--estimator rge or local"),
+        "window": (arguments.estimator == "local", "--estimator local"),
+        **dict.fromkeys(("rank", "rotated"), (rge and subspace, "a --subspace of that kind")),
+        **dict.fromkeys(_OF_THE_SURROGATE, (surrogate, "a method with a surrogate")),
+        "extra": (rge or arguments.estimator == "surrogate", "--estimator rge or surrogate"),
+        "checked": (arguments.estimator == "surrogate", "--estimator surrogate"),
+        "vote_noise": (arguments.votes > 1, "--votes"),
+    }
+    for name, (meaningful, where) in applies.items():
+        if not meaningful and getattr(arguments, name) != parser.get_default(name):
+            raise cli.UserError(f"--{name.replace('_', '-')} means nothing without {where}: leave it out")
+    if arguments.guided and arguments.control_variate:
+        raise cli.UserError("--guided measures what --control-variate would predict: leave one of them out")
+    if uses_surrogate(arguments) and arguments.warm_up and arguments.warm_up >= arguments.max_queries:
+        raise cli.UserError(
+            f"--warm-up {arguments.warm_up} leaves nothing of --max-queries {arguments.max_queries}: lower it"
+        )
+
+
+def needs_differences(arguments: argparse.Namespace) -> bool:
+    """Whether the method takes finite differences of the victim's answers, and so a step that its noise allows."""
+    return arguments.estimator != "exact" and not (arguments.estimator == "surrogate" and arguments.checked == 0)
+
+
+def difference_of(arguments: argparse.Namespace) -> Difference:
+    """How the method takes slopes."""
+    if arguments.estimator == "surrogate":
+        return "forward"
+    difference: Difference = arguments.difference or ("central" if arguments.estimator == "cge" else "forward")
+    return difference
+
+
+def surrogate_settings(arguments: argparse.Namespace) -> SurrogateSettings:
+    """How the student learns."""
+    warm_up = max(1, (arguments.warm_up or min(arguments.max_queries // 3, _LARGEST_WARM_UP)) // arguments.votes)
+    return SurrogateSettings(
+        warm_up=warm_up,
+        warm_up_steps=arguments.warm_up_steps or math.ceil(warm_up / 10),
+        steps=arguments.student_steps,
+        slope_weight=arguments.slope_weight,
+    )
+
+
+def build_estimator(
+    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
+) -> Estimator:
+    """The estimator that the arguments name.
+
+    Args:
+        arguments: Those of `add_zo_arguments`.
+        sanitizer: What will be trained.
+        autoencoder: The pre-trained one, for --subspace decoder.
+        mu: The step of finite differences.
+
+    Raises:
+        UserError: The arguments do not fit each other, or the sanitizer.
+    """
+    estimator = _estimator_of_batch(arguments, sanitizer, autoencoder, mu)
+    if arguments.extra and not isinstance(estimator, SurrogateGradient):
+        return Extrapolation(estimator, arguments.batch)
+    return estimator
+
+
+def _estimator_of_batch(
+    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
+) -> Estimator:
+    """The estimator at the images that are paid for; the surrogate's own gradient also at those that are not."""
+    difference = difference_of(arguments)
+    match arguments.estimator:
+        case "cge":
+            return CoordinateGradientEstimator(mu, difference)
+        case "local":
+            if sanitizer.autoencoder is not None and len(sanitizer.autoencoder.code_shape) != 3:
+                raise cli.UserError("--estimator local needs a border with cells: --sanitizer denoiser, or a conv code")
+            try:
+                return LocalGradientEstimator(arguments.directions, mu, arguments.window)
+            except ValueError as error:
+                raise cli.UserError(f"--window: {error}") from error
+        case "surrogate":
+            if 0 < min(arguments.checked, arguments.batch) < arguments.checked:
+                raise cli.UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
+            try:
+                return SurrogateGradient(arguments.checked, mu, asked=arguments.batch)
+            except ValueError as error:
+                raise cli.UserError(f"--checked: {error}") from error
+        case "exact":
+            return ExactGradient()
+    where = _directions(arguments, sanitizer, autoencoder)
+    if arguments.guided:
+        where = Guided(where)
+    combine: Combination = "projection" if arguments.guided else arguments.combine
+    try:
+        random = RandomGradientEstimator(arguments.directions, mu, where, difference, combine)
+    except ValueError as error:
+        raise cli.UserError(f"{error} (--combine projection)") from error
+    if arguments.control_variate and (arguments.batch - 1) * arguments.directions < FEWEST_TERMS:
+        raise cli.UserError("too few slopes to ever trust a control variate: raise --batch or --directions")
+    return ControlVariate(random) if arguments.control_variate else random
+
+
+def _directions(arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None) -> Directions:
+    if arguments.subspace == "none":
+        _refuse_too_many(arguments, sanitizer.border_dimension)
+        return Isotropic(arguments.sampling)
+    if sanitizer.autoencoder is not None:
+        raise cli.UserError("--subspace is one of image space: add --sanitizer denoiser")
+    basis: Basis
+    match arguments.subspace:
+        case "decoder":
+            assert autoencoder is not None  # loaded for this
+            count = arguments.directions - (1 if arguments.guided else 0)
+            if count > autoencoder.code_dimension:
+                raise cli.UserError(
+                    f"the code has {autoencoder.code_dimension} tangents, not {count}: lower --directions"
+                )
+            return DecoderTangents(autoencoder)
+        case "surrogate":
+            rank = arguments.rank
+            if rank > arguments.batch:
+                raise cli.UserError(f"--rank {rank} needs the gradients of as many images: raise --batch, or lower it")
+            basis = SurrogateSpan(rank)
+        case "components":
+            if not isinstance(sanitizer.denoiser, WienerUNetDenoiser):
+                raise cli.UserError("--subspace components takes those of the denoiser wiener-unet: use that one")
+            rows, rank = sanitizer.denoiser.components.basis, arguments.rank
+            if rank > len(rows):
+                raise cli.UserError(f"the denoiser has {len(rows)} principal components, not {rank}: lower --rank")
+            basis = FixedSpan(rows[:rank].clone())
+        case _:
+            side = round((arguments.rank / sanitizer.config.input.channels) ** 0.5)
+            try:
+                basis = FixedSpan(low_frequencies(sanitizer.config.input.dimensions, side))
+            except ValueError as error:
+                raise cli.UserError(f"{error}: choose another --rank, channels times a square") from error
+            rank = len(basis.rows)
+            if rank != arguments.rank:
+                raise cli.UserError(f"--rank has to be channels times a square, for instance {rank}")
+    _refuse_too_many(arguments, rank)
+    return Subspace(basis, rank, arguments.sampling, arguments.rotated)
+
+
+def _refuse_too_many(arguments: argparse.Namespace, dimension: int) -> None:
+    if arguments.sampling == "orthonormal" and arguments.directions > dimension:
+        raise cli.UserError(
+            f"--sampling orthonormal has at most {dimension} directions here, not {arguments.directions}: "
+            "lower --directions"
+        )
+
+
+def method_name(arguments: argparse.Namespace) -> MethodName:
+    """What the artifact calls the method."""
+    at_image = arguments.sanitizer == "denoiser"
+    if arguments.estimator == "exact":
+        return "fo-ds" if at_image else "fo-ae-ds"
+    return "zo-ds" if at_image else "zo-ae-ds"
+
+
+def recorded(part: object) -> JsonValue:
+    """An estimator, or a part of one, as the JSON that an artifact keeps: its class and its settings."""
+    if is_dataclass(part):
+        settings = {field.name: recorded(getattr(part, field.name)) for field in fields(part)}
+        return {"kind": type(part).__name__, **settings}
+    return part if isinstance(part, str | int | float | bool | None) else type(part).__name__
+
+
+def fit_settings(arguments: argparse.Namespace) -> FitSettings:
+    """The loop's settings."""
+    return FitSettings(
+        sigma=arguments.sigma,
+        less_noise=arguments.less_noise,
+        batch=arguments.batch,
+        extra=arguments.extra,
+        learning_rate=arguments.learning_rate,
+        mse_weight=arguments.mse_weight,
+        clip=arguments.clip,
+        schedule=arguments.schedule,
+        averaging=arguments.averaging,
+        reconstruction="chosen" if arguments.sanitizer == AUTO else "kept",
+        steps=arguments.steps,
+        validate_every=arguments.validate_every,
+        checkpoint_every=arguments.checkpoint_every,
+        seed=arguments.seed,
+    )
+
+
+def load_decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device) -> Autoencoder | None:
+    """The pre-trained autoencoder, where the method needs its decoder beside a sanitizer that has none."""
+    if arguments.subspace != "decoder" or arguments.sanitizer != "denoiser":
+        return None
+    folder: Path = arguments.pretrained or arguments.out / "pretrained"
+    return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
+
+
+def metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace) -> MeteredVictim:
+    """The victim behind its ledger, and behind votes where they are asked for."""
+    if arguments.votes == 1:
+        return MeteredVictim(client, ledger)
+    # Its noise is no part of a checkpoint; a resumed run shall at least not see that of the first steps again.
+    voting = VotingVictim(client, arguments.votes, arguments.vote_noise, arguments.seed + ledger.total)
+    return MeteredVictim(voting, ledger, queries_per_image=voting.queries_per_image)
+
+
+def build_student(
+    arguments: argparse.Namespace,
+    sanitizer: Sanitizer,
+    classes: int,
+    positions: tuple[int, ...],
+    device: torch.device,
+    *,
+    writes: bool = True,
+) -> Student | None:
+    """The surrogate, where the method uses one.
+
+    Args:
+        arguments: Those of `add_zo_arguments`.
+        sanitizer: What will be trained.
+        classes: K of the victim.
+        positions: The axes of its answers behind the classes.
+        device: Where the surrogate learns.
+        writes: Whether this process keeps it on disk.
+
+    Raises:
+        UserError: The method does not fit what the victim answers.
+    """
+    if arguments.estimator == "local" and not positions:
+        raise cli.UserError("--estimator local needs a victim that answers masks; this one answers classes: use rge")
+    if not uses_surrogate(arguments):
+        return None
+    shape = sanitizer.config.input.dimensions
+    try:
+        surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
+    except ValueError as error:
+        raise cli.UserError(f"--slope-weight: {error}") from error
+    return Student(surrogate, arguments.out, writes=writes)

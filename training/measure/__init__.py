@@ -1,0 +1,1 @@
+"""What answers are worth: endpoints, scores, intervals, the results file."""

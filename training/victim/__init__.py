@@ -1,0 +1,1 @@
+"""The model to be defended: its training, and its use within this process."""

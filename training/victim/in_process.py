@@ -1,0 +1,118 @@
+"""A victim without sockets, in the process of whoever compares.
+
+The victim is the same endpoint as behind HTTP, and has a gradient for the white-box rows. Only what may know its
+weights uses it: comparisons on one machine, and the white-box upper bounds.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from defense.files import replace_file
+from services.hospital.model import load_victim
+from training import zo_fit
+from training.command.cli import UserError
+from training.data.datasets import Splits
+from training.measure.endpoints import CHUNK, Endpoint
+from training.victim_fit import data_fingerprint
+
+logger = logging.getLogger(__name__)
+
+_PROBES = 8  # images by whose scores a victim is known again
+_SAME_SCORES = 0.02  # probabilities of one and the same model differ by less, in process and over HTTP
+
+
+class InProcessVictim:
+    """What the hospital serves, as a callable; an `Endpoint` of `training.measure.endpoints`.
+
+    Differentiable wherever gradients are enabled and the images ask for one; the weights never get one.
+
+    Args:
+        model: Maps (N,C,H,W) in [0,1] to logits (N,K) or (N,K,H,W); in evaluation mode.
+        labels: Names of the K classes.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: nn.Module, labels: tuple[str, ...], device: torch.device) -> None:
+        self.model = model.requires_grad_(False).to(device)
+        self._labels = list(labels)
+        self._device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities, as `services.hospital.app` computes them."""
+        parts = images.to(self._device, torch.float32).split(CHUNK)
+        scores = [self.model(part.clamp(0, 1)).float().softmax(dim=1) for part in parts]
+        return torch.cat(scores).to(images.device)
+
+    @torch.no_grad()
+    def describe(self, image: Tensor) -> dict[str, object]:
+        """One image (C,H,W) -> the JSON answer; a segmenter's is without the picture of the mask."""
+        probabilities = self(image[None])[0]
+        if probabilities.dim() > 1:
+            share = (probabilities.argmax(0) != 0).double().mean().item()
+            return {"labels": list(self._labels), "lesion_fraction": share}
+        return {
+            "label": self._labels[int(probabilities.argmax())],
+            "labels": list(self._labels),
+            "probabilities": probabilities.tolist(),
+        }
+
+    def ready(self) -> bool:
+        """It is: it was loaded."""
+        return True
+
+
+@contextmanager
+def in_process(folder: Path, device: torch.device, splits: Splits) -> Iterator[InProcessVictim]:
+    """Loads the victim in `folder`; a context manager, as a client over HTTP is.
+
+    Args:
+        folder: What `training.victim_fit` wrote.
+        device: Where it runs.
+        splits: What it will be asked about; a victim that was trained on others is told.
+
+    Raises:
+        VictimFileError: There is no victim.
+        UserError: It takes other images.
+    """
+    model, config = load_victim(folder)
+    if tuple(splits.test.images.shape[1:]) != (config.channels, *config.size):
+        raise UserError(f"{folder} takes other images: use --size {config.size[0]} --channels {config.channels}")
+    if data_fingerprint(folder) not in (None, splits.fingerprint):
+        logger.warning(
+            "%s was trained on other images or another split of them: it may have seen images of this test split; "
+            "use its --data, --split-seed and --published-test",
+            folder,
+        )
+    yield InProcessVictim(model, config.labels, device)
+
+
+def refuse_another_victim(path: Path, endpoint: Endpoint, images: Tensor) -> None:
+    """Knows a victim again, at whatever address, by its scores on a few images, which are kept in a file.
+
+    Args:
+        path: That file; made where it is not there yet.
+        endpoint: The victim.
+        images: (N,C,H,W), of which the first ones are always the same.
+
+    Raises:
+        UserError: It is another one.
+    """
+    with torch.no_grad():
+        scores = endpoint(images[:_PROBES]).cpu()
+    if not path.exists():
+        replace_file(path, json.dumps(scores.tolist()).encode())
+    before = torch.tensor(json.loads(path.read_bytes()))[: len(scores)]
+    now = scores[: len(before)]
+    if before.shape != now.shape or (before - now).abs().max() > _SAME_SCORES:
+        raise UserError(f"the runs in {path.parent} are of another victim: use that one, or another --out")
+
+
+def connecting(endpoint: Endpoint) -> zo_fit.Connect:
+    """A victim that is there already, for `zo_fit`, which would make a client of its URLs."""
+    return lambda *_, **__: nullcontext(endpoint)
