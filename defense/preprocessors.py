@@ -1,4 +1,4 @@
-"""Preprocessors that learn nothing: the cheap defences that a learned one has to beat.
+"""Preprocessors that learn nothing: the cheap defenses that a learned one has to beat.
 
 Each maps (N,C,H,W) float32 images of any finite range to images of the same shape and type, on their device.
 """

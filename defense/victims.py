@@ -1,4 +1,4 @@
-"""The black box as the defence sees it: a callable, and a ledger of what it cost."""
+"""The black box as the defense sees it: a callable, and a ledger of what it cost."""
 
 import threading
 from collections.abc import Callable, Mapping

@@ -99,7 +99,7 @@ for service in hospital gateway; do
     if docker exec "$id" python -c "import $module" 2>/dev/null; then fail "$service has $module"; fi
   done
 done
-if docker exec "$one" python -c "import defense" 2>/dev/null; then fail "the hospital has the defence"; fi
+if docker exec "$one" python -c "import defense" 2>/dev/null; then fail "the hospital has the defense"; fi
 ok "not root, no capabilities, nothing written, nothing of training in hospital and gateway"
 
 before=$(restarts "$one")

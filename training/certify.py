@@ -9,7 +9,7 @@ smoothing (`defense.smoothing`). The Gaussian noise is added here and is not cli
 The output is one JSON object a line: first the settings, then an image a line as soon as it is known, so that a run
 that was stopped goes on where it was when the same command is given again. Certified accuracy at a radius is the share
 of images answered right with at least that radius; an abstention counts as wrong, also that of --stop-early. The rows
-in the results file do not hold sigma: give a defence that is certified at several a --name for each.
+in the results file do not hold sigma: give a defense that is certified at several a --name for each.
 
 With `torchrun --nproc-per-node N -m training.certify ...` N processes share the images; the certificates are the same.
 """
@@ -36,7 +36,7 @@ from training.measure.endpoints import (
     add_measuring_arguments,
     chosen_images,
     connect,
-    defence_name,
+    defense_name,
     identify,
 )
 from training.measure.results import Row, align, score_row, write_rows
@@ -110,7 +110,7 @@ def _rows(lines: Sequence[ClassLine | MaskLine], radii: Sequence[float], setting
     shared: dict[str, Any] = {
         "dataset": settings.dataset,
         "split": settings.split,
-        "defence": settings.name,
+        "defense": settings.name,
         "queries": queries,
         "seed": settings.seed,
         "task": "classification" if settings.tau is None else "segmentation",
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.certify", description="Certifies what answers at a URL.")
     add_measuring_arguments(parser)
     parser.add_argument("--url", required=True, help="where the base classifier answers: a gateway, or a bare victim")
-    parser.add_argument("--name", type=defence_name, required=True, help="name of the defence in the results")
+    parser.add_argument("--name", type=defense_name, required=True, help="name of the defense in the results")
     add_certificate_arguments(parser, n=10_000, radii=[0.0, 0.25, 0.5, 0.75])
     parser.add_argument("--stop-early", action="store_true", help="spare the n samples where n0 samples show no hope")
     parser.add_argument("--batch", type=positive_int, default=1024, help="noisy images made at once (default 1024)")

@@ -1,4 +1,4 @@
-r"""Compares defences at equal numbers of victim queries, and prints and plots what they certify.
+r"""Compares defenses at equal numbers of victim queries, and prints and plots what they certify.
 
     python -m training.compare --victim-url http://127.0.0.1:8000 --data DIR --pretrained artifacts/pretrained \
         --budgets 40000,100000 --seeds 0,1,2 --out artifacts/compare
@@ -51,7 +51,7 @@ from training.measure.endpoints import (
     identify,
     locked,
 )
-from training.measure.results import NO_DEFENCE
+from training.measure.results import NO_DEFENSE
 from training.measure.scoring import main_score
 from training.victim.in_process import connecting, in_process, refuse_another_victim
 
@@ -98,7 +98,7 @@ class Bench:
             clean=list(zip(self.indices, clean, strict=True)),
         ).save(arguments.out)
         told = f"clean {100 * sum(clean) / len(clean):.1f}%"
-        if run.method != NO_DEFENCE:
+        if run.method != NO_DEFENSE:
             settings = replace(self.shared, name=str(run), artifact=made)
             path = certificates_path(arguments.out, run)
             lines = certify_images(defended, self.chosen, self.indices, path, settings)

@@ -1,10 +1,10 @@
-"""The main job, end to end, with real processes that talk HTTP: a black box, its defence, attacks, and one table.
+"""The main job, end to end, with real processes that talk HTTP: a black box, its defense, attacks, and one table.
 
     python -m training.demo --data phantom --out artifacts
     python -m training.demo --data DIR --out artifacts --max-queries 200000
 
 Run again after an interruption, it goes on where it stopped: whatever is finished below OUT/<data set> is used again;
-a larger --max-queries continues the learned defences.
+a larger --max-queries continues the learned defenses.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _METHODS: Final[dict[cli.Task, dict[str, str]]] = {
     "classification": {"zo-ds": "zo-ds", "zo-ae-ds": "zo-ae-ds-rge20"},
     "segmentation": {"zo-ds": "zo-ds", "local": "local"},
 }
-"""The learned defences of each task, by name, with the presets that make them."""
+"""The learned defenses of each task, by name, with the presets that make them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pretrain-steps", type=cli.positive_int, help="default: 600 for phantoms, else 1200")
     parser.add_argument(
-        "--max-queries", type=cli.positive_int, help="for each defence; default: 15000 for phantoms, else 100000"
+        "--max-queries", type=cli.positive_int, help="for each defense; default: 15000 for phantoms, else 100000"
     )
     parser.add_argument(
         "--limit", type=cli.positive_int, help="test images attacked; default: 150 for phantoms (masks: 50), else 300"
@@ -87,13 +87,13 @@ def _demo(arguments: argparse.Namespace) -> int:
         victim = _victim(epochs, data, out, log)
         hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
         pretrained = _pretrained(data, pretrain_steps, out, log)
-        defences = {"mse": pretrained / "denoiser"}
+        defenses = {"mse": pretrained / "denoiser"}
         for name, preset in _METHODS[arguments.task].items():
-            defences[name] = out / name
+            defenses[name] = out / name
             fixed = [*data, "--pretrained", str(pretrained), "--preset", preset]
             _learn(hospital, fixed, max_queries, out / name, log)
         gateways: list[str] = []
-        for name, artifact in defences.items():
+        for name, artifact in defenses.items():
             flags = ["--artifact", str(artifact), "--victim-url", hospital]
             url = stack.enter_context(service("services.gateway", flags, out / f"gateway-{name}.log"))
             gateways += ["--gateway", f"{name}={url}"]
@@ -171,12 +171,12 @@ def _pretrained(data: list[str], steps: int, out: Path, log: Path) -> Path:
 
 
 def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Path) -> None:
-    """Learns a defence from the hospital's answers; goes on with what is there, if that spent less."""
+    """Learns a defense from the hospital's answers; goes on with what is there, if that spent less."""
     budget = ["--max-queries", str(max_queries)]
     if (out / MANIFEST_FILE).exists():
         learned = load_artifact(out).manifest.provenance.settings["max_queries"]
         if isinstance(learned, int) and learned >= max_queries:
-            logger.info("the defence in %s is used again", out)
+            logger.info("the defense in %s is used again", out)
             return
     resume = ["--resume"] if Journal.total(out) else []
     run_verb("training.zo_fit", ["--victim-url", hospital, *fixed, *budget, "--out", str(out), *resume], log)
@@ -186,7 +186,7 @@ def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float,
     same_data = shlex.join(data)
     name, *others = reversed(_METHODS[task])
     learned = " and ".join(f"`{one}`" for one in (*others, name))
-    pretrained, defence, other = (shlex.quote(str(out / part)) for part in ("pretrained", name, "surrogate"))
+    pretrained, defense, other = (shlex.quote(str(out / part)) for part in ("pretrained", name, "surrogate"))
     picture = f"\n{out / GRID_NAME} shows a few images, attacked and sanitized." if task == "segmentation" else ""
     print(f"""
 Done in {seconds / 60:.1f} minutes. Everything is below {out}; the rows are in {results}.{picture}
@@ -196,7 +196,7 @@ The attacker above knows the model, not the gateway: that is the weakest rung of
 
 To try next (in .venv; each service keeps its terminal):
   python -m services.hospital --model {shlex.quote(str(out / "victim"))} --port 8000
-  python -m services.gateway --artifact {defence} --victim-url http://127.0.0.1:8000 --port 8080 \\
+  python -m services.gateway --artifact {defense} --victim-url http://127.0.0.1:8000 --port 8080 \\
       --page-samples {shlex.quote(str(out / SAMPLES_NAME))} --page-compare
   open http://127.0.0.1:8080/       # images, attacked ones too, before and after the sanitizer
   curl -F file=@{shlex.quote(str(out / "victim" / EXAMPLE_NAME))} http://127.0.0.1:8080/predict

@@ -5,7 +5,7 @@ r"""python -m training.evaluate --data DIR|phantom --victim artifacts/victim --v
         --attacks fgsm,pgd,pgd-l2,ddn --epsilons-linf 1,2,4,8 --epsilons-l2 0.5,1,2 --limit 200
 
 What an oblivious attacker gains: the attacks are crafted on the bare victim's weights against the true labels, and the
-same images are then sent as float32 tensors to the victim's URL (defence "none") and to every gateway's. The attacker
+same images are then sent as float32 tensors to the victim's URL (defense "none") and to every gateway's. The attacker
 does not know of the gateway; an adaptive one would do better, and no number here bounds how much. Without --victim-url
 the victim runs in this process, and so do artifacts (--artifact NAME=DIR) and the baselines that cost no query:
 
@@ -17,9 +17,9 @@ With `torchrun --nproc-per-node N -m training.evaluate ...` N processes share th
 Of a segmenter the scores are Dice and IoU, and the Dice of small lesions apart.
 
 DDN is minimum-norm and yields two metrics beside the scores at the images that it made for the bare victim. `median_l2`
-(no defence only): the median norm of its perturbations. `median_l2_scaled` (every defence): the median norm at which
-the defence errs when DDN's perturbations are scaled up (`defense.attacks.scaled_norms`): an oblivious upper bound, not
-an adaptive attack on the defence. Both medians are over the images that the bare victim gets right.
+(no defense only): the median norm of its perturbations. `median_l2_scaled` (every defense): the median norm at which
+the defense errs when DDN's perturbations are scaled up (`defense.attacks.scaled_norms`): an oblivious upper bound, not
+an adaptive attack on the defense. Both medians are over the images that the bare victim gets right.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
 from services.hospital.model import load_victim
-from training.attack.oblivious import Defence, Experiment
+from training.attack.oblivious import Defense, Experiment
 from training.command.cli import UserError, add_device_argument, positive_float, run
 from training.command.team import Team, joined
 from training.comparison.methods import METHODS
@@ -50,11 +50,11 @@ from training.measure.endpoints import (
     add_measuring_arguments,
     chosen_images,
     connect,
-    defence_name,
+    defense_name,
     identify,
     number_list,
 )
-from training.measure.results import NO_DEFENCE, format_table, write_rows
+from training.measure.results import NO_DEFENSE, format_table, write_rows
 from training.measure.scoring import SMALL, TITLES, main_metric
 from training.victim.in_process import in_process
 from training.victim_fit import data_fingerprint
@@ -63,7 +63,7 @@ CLEAR_MARGIN = 0.05
 """Lead of the first over the second probability from which on weights and URL must agree on the class."""
 
 _PRETRAINED: Final = ("pretrained", "autoencoder")
-_BASELINES: Final = [name for name, method in METHODS.items() if method.kind != "learned" and name != NO_DEFENCE]
+_BASELINES: Final = [name for name, method in METHODS.items() if method.kind != "learned" and name != NO_DEFENSE]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> in
 
 
 def _evaluate(arguments: argparse.Namespace, connect: Connect) -> int:
-    names = [NO_DEFENCE, *arguments.baselines, *(name for name, _ in (*arguments.artifact, *arguments.gateway))]
+    names = [NO_DEFENSE, *arguments.baselines, *(name for name, _ in (*arguments.artifact, *arguments.gateway))]
     if len(set(names)) != len(names):
         raise UserError("every --gateway, --artifact and baseline needs a name of its own")
     if arguments.pretrained is None and any(METHODS[name].kind in _PRETRAINED for name in arguments.baselines):
@@ -139,13 +139,13 @@ def _measure(arguments: argparse.Namespace, connect: Connect, team: Team) -> int
             if identify(bare, arguments.victim_url, chosen.images[0], splits.labels).artifact is not None:
                 raise UserError(f"a gateway answers at {arguments.victim_url}: --victim-url must name the bare victim")
             team.told(lambda: check_weights(model, device, bare, arguments.victim_url, chosen.images))
-        defences = [Defence(NO_DEFENCE, bare, 0), *_in_front(arguments, bare, splits, device, team)]
+        defenses = [Defense(NO_DEFENSE, bare, 0), *_in_front(arguments, bare, splits, device, team)]
         for name, url in arguments.gateway:
             endpoint = clients.enter_context(connect(url))
             identity = identify(endpoint, url, chosen.images[0], splits.labels)
             if identity.artifact is None:
                 raise UserError(f"no gateway answers at {url}, but a bare victim: --gateway {name} needs a gateway")
-            defences.append(Defence(name, endpoint, identity.queries))
+            defenses.append(Defense(name, endpoint, identity.queries))
         experiment = Experiment(
             dataset=splits.name,
             task=splits.task,
@@ -155,7 +155,7 @@ def _measure(arguments: argparse.Namespace, connect: Connect, team: Team) -> int
             device=device,
             images=chosen.images,
             labels=chosen.labels,
-            defences=tuple(defences),
+            defenses=tuple(defenses),
             team=team,
         )
         rows = experiment.clean()
@@ -185,8 +185,8 @@ def _measure(arguments: argparse.Namespace, connect: Connect, team: Team) -> int
 
 def _in_front(
     arguments: argparse.Namespace, victim: Endpoint, splits: Splits, device: torch.device, team: Team
-) -> Iterator[Defence]:
-    """The defences that run in this process, in front of the victim wherever that is."""
+) -> Iterator[Defense]:
+    """The defenses that run in this process, in front of the victim wherever that is."""
     source = torch.Generator().manual_seed(arguments.seed + team.rank)
 
     def noisy(images: Tensor) -> Tensor:
@@ -196,13 +196,13 @@ def _in_front(
     shape = splits.test.images.shape[1:]
     for name in arguments.baselines:
         front, _ = build_front(Run(name, 0, 0), arguments.results.parent, arguments.pretrained, device)
-        yield Defence(name, Defended(noisy if name == "noise" else front, victim, device), 0)
+        yield Defense(name, Defended(noisy if name == "noise" else front, victim, device), 0)
     for name, folder in arguments.artifact:
         artifact = load_artifact(folder)
         if artifact.manifest.input.dimensions != tuple(shape):
             raise UserError(f"--artifact {name} takes other images: use its --size and --channels")
         sanitizer = artifact.sanitizer.to(device).eval().to(memory_format=torch.channels_last)
-        yield Defence(name, Defended(sanitizer, victim, device), artifact.manifest.queries_spent)
+        yield Defense(name, Defended(sanitizer, victim, device), artifact.manifest.queries_spent)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,16 +236,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _gateway(text: str) -> tuple[str, str]:
     name, separator, url = text.partition("=")
-    if not separator or not url or name == NO_DEFENCE:
-        raise argparse.ArgumentTypeError(f"expected NAME=URL with a name other than {NO_DEFENCE!r}, got {text!r}")
-    return defence_name(name), url
+    if not separator or not url or name == NO_DEFENSE:
+        raise argparse.ArgumentTypeError(f"expected NAME=URL with a name other than {NO_DEFENSE!r}, got {text!r}")
+    return defense_name(name), url
 
 
 def _artifact(text: str) -> tuple[str, Path]:
     name, separator, folder = text.partition("=")
-    if not separator or not folder or name == NO_DEFENCE:
-        raise argparse.ArgumentTypeError(f"expected NAME=DIR with a name other than {NO_DEFENCE!r}, got {text!r}")
-    return defence_name(name), Path(folder)
+    if not separator or not folder or name == NO_DEFENSE:
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR with a name other than {NO_DEFENSE!r}, got {text!r}")
+    return defense_name(name), Path(folder)
 
 
 def _baselines(text: str) -> list[str]:

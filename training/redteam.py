@@ -1,4 +1,4 @@
-r"""Attacks a defence: as an outsider who may ask a running gateway, as an insider who has all of it, or as both.
+r"""Attacks a defense: as an outsider who may ask a running gateway, as an insider who has all of it, or as both.
 
     python -m training.redteam --gateway-url http://127.0.0.1:8080 --data phantom --queries 500
     python -m training.redteam --data DIR --victim DIR --artifact DIR
@@ -13,12 +13,12 @@ budget was wrong.
 The insider attacks with PGD by the exact gradient through sanitizer and victim, from two random starts, the second with
 twice the steps; with PGD whose gradient passes the sanitizer as if it did nothing (BPDA); and with PGD made for the
 bare victim (transfer); and with Auto-PGD, which chooses its steps. DDN looks for the smallest L2 change. With --votes
-the defence is the majority of so many noisy copies, and gradients are means over --eot fresh ones. Without --artifact
+the defense is the majority of so many noisy copies, and gradients are means over --eot fresh ones. Without --artifact
 the bare victim is attacked.
 
 At every size each image counts as lost if any attack succeeds (the per-image worst case): `outsider` of the outsider's
 attacks, `adaptive` of all, in the rows that go to --results. At the end the attacks themselves are checked: one that
-fails says nothing about the defence. Validation images, unless --split test.
+fails says nothing about the defense. Validation images, unless --split test.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from training.measure.endpoints import (
     Identity,
     add_measuring_arguments,
     chosen_images,
-    defence_name,
+    defense_name,
     identify,
     number_list,
 )
-from training.measure.results import NO_DEFENCE, measured_row
+from training.measure.results import NO_DEFENSE, measured_row
 from training.measure.scoring import main_metric
 from training.victim.in_process import in_process
 
@@ -86,13 +86,13 @@ def _attack(arguments: argparse.Namespace) -> int:
             )
         who = told or asked
         assert who is not None
-        name = arguments.name or (NO_DEFENCE if who.artifact is None else who.name or who.artifact)
+        name = arguments.name or (NO_DEFENSE if who.artifact is None else who.name or who.artifact)
         row = partial(
             measured_row,
             dataset=splits.name,
             task=splits.task,
             split=arguments.split,
-            defence=name,
+            defense=name,
             queries=who.queries,
             seed=arguments.seed,
         )
@@ -170,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_argument(parser)
     parser.set_defaults(split="validation")
     add = parser.add_argument
-    add("--name", type=defence_name, help="of the defence in the results (default the artifact's)")
+    add("--name", type=defense_name, help="of the defense in the results (default the artifact's)")
     add("--epsilons-linf", type=number_list, default=[0.5, 1.0, 2.0, 4.0, 8.0], help="in 1/255 (0.5,1,2,4,8)")
     add("--epsilons-l2", type=number_list, default=[0.25, 0.5, 1.0, 2.0], help="(0.25,0.5,1,2)")
     add("--steps", type=positive_int, default=40, help="of PGD (default 40)")

@@ -1,4 +1,4 @@
-r"""Writes what is known of a defence as one HTML file that needs nothing else: to read, to print, to hand on.
+r"""Writes what is known of a defense as one HTML file that needs nothing else: to read, to print, to hand on.
 
     python -m training.report artifacts/phantom --results artifacts/results.json
 
@@ -31,12 +31,12 @@ _NOT_COVERED: Final = (
     "An attack larger than a certified radius, whatever the tables say of attacks that were tried: one that was not "
     "may be better.",
     "Oblivious attacks are made for the bare model by somebody who does not know of the gateway. They bound nothing. "
-    "Where the table has no line of an insider, nobody who knows the defence has attacked it here.",
+    "Where the table has no line of an insider, nobody who knows the defense has attacked it here.",
     "Changes that are not small ones of the pixels: other scanners and protocols, rotations, crops, artefacts, and "
     "images of a kind that the model was not made for.",
     "A certificate is about L2 distance between images at the model's resolution, in pixel values of [0, 1]; its "
     "equivalent when every pixel may change is small.",
-    "What the model itself gets wrong. A defence keeps its answers; it does not make them right.",
+    "What the model itself gets wrong. A defense keeps its answers; it does not make them right.",
     "Anybody who reaches the model without the gateway, a stolen key, and a stolen artifact.",
     "Clinical use. This is research software, not a medical device.",
 )
@@ -71,7 +71,7 @@ def _write(arguments: argparse.Namespace) -> int:
     rows = [row for row in read_rows(arguments.results) if row.task == task and row.dataset in datasets]
     metric = ACCURACY if task == "classification" else DICE
     out: Path = arguments.out or folder / NAME
-    title = f"Defence of a {'classifier' if task == 'classification' else 'segmenter'}: {', '.join(sorted(datasets))}"
+    title = f"Defense of a {'classifier' if task == 'classification' else 'segmenter'}: {', '.join(sorted(datasets))}"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         *_defended(artifacts, victim, rows, metric),
@@ -184,7 +184,7 @@ def _settings(artifacts: Mapping[str, Manifest]) -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", description="Writes a report of a defence.")
+    parser = argparse.ArgumentParser(prog="python -m training.report", description="Writes a report of a defense.")
     parser.add_argument("folder", type=Path, help="where artifacts are, such as artifacts/phantom")
     parser.add_argument(
         "--results", type=Path, default=Path("artifacts/results.json"), help="rows (default artifacts/results.json)"

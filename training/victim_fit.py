@@ -5,7 +5,7 @@
     python -m training.victim_fit --task segmentation --data phantom --out artifacts/victim
     python -m training.victim_fit --data ../shared/data/kvasir_seg --out artifacts/victim
 
-Ordinary supervised training without any defence, on splits that no near-duplicate crosses: a VGG learns to classify
+Ordinary supervised training without any defense, on splits that no near-duplicate crosses: a VGG learns to classify
 images, a U-Net to segment them. The epoch with the best validation accuracy, or mean Dice, is kept; the test images are
 answered once, at the end. Writes `model.safetensors`, `report.json`, and `example.png`, a test image to try a service
 with.

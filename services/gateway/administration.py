@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from services.gateway.asking import errors
-from services.gateway.defence import Defence
+from services.gateway.defense import Defense
 from services.gateway.versions import Versions
 from services.protocol.errors import Unauthorized, Unsupported
 
@@ -67,7 +67,7 @@ def repository_api(versions: Versions, model_name: str, token: SecretStr, check_
     def told(number: str, state: str) -> dict[str, Any]:
         return {"name": model_name, "version": number, "state": state}
 
-    async def changed(change: Awaitable[Defence]) -> JSONResponse:
+    async def changed(change: Awaitable[Defense]) -> JSONResponse:
         now = await change
         return JSONResponse({**told(now.number, "READY"), "artifact": now.manifest.id})
 

@@ -20,7 +20,7 @@ from services.gateway.administration import operators_only, repository_api
 from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
 from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors, require_room
 from services.gateway.config import GatewaySettings
-from services.gateway.defence import Defence
+from services.gateway.defense import Defense
 from services.gateway.detection import Detector
 from services.gateway.metrics import Metrics
 from services.gateway.modes import Plan
@@ -66,7 +66,7 @@ def make_gateway(
     admission_of_copies = Admission(settings.max_copies)
     metrics = Metrics()
     build = partial(
-        Defence, settings=settings, own=accounts.own, admission=admission, metrics=metrics, transport=transport
+        Defense, settings=settings, own=accounts.own, admission=admission, metrics=metrics, transport=transport
     )
     versions = Versions(version, build, repository, settings, accounts.own)
     queues = {"images": admission, "copies": admission_of_copies}
@@ -92,28 +92,28 @@ def make_gateway(
     async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
         client = access.client(asked.key)
         deadlines.begin(request, settings.deadline_s)
-        with versions.current.in_use() as defence:
-            plan = defence.modes.plan(asked.mode, asked.n)
+        with versions.current.in_use() as defense:
+            plan = defense.modes.plan(asked.mode, asked.n)
             queue = admission_of_copies if plan.copies else admission
             if not asked.dry_run:
                 await require_room(request, queue, plan.queries(1))
             call = await read_call(
                 request,
-                defence.shape,
+                defense.shape,
                 max_body_bytes=settings.max_body_bytes,
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
             )
-            return await deadlines.attended(request, decide(asked, client, defence, plan, queue, call))
+            return await deadlines.attended(request, decide(asked, client, defense, plan, queue, call))
 
     async def decide(
-        asked: Asked, client: Client, defence: Defence, plan: Plan, queue: Admission, call: Call
+        asked: Asked, client: Client, defense: Defense, plan: Plan, queue: Admission, call: Call
     ) -> Response:
-        pipeline = defence.pipeline
+        pipeline = defense.pipeline
         queries = plan.queries(len(call.images))
         cost = queries + (len(call.images) if settings.shadow else 0)
         if asked.dry_run:
-            return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defence.signature)
+            return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defense.signature)
         queue.check(queries)  # before anything is looked at
         access.take(client, len(call.images))
         account = accounts.of(client.name)
@@ -121,14 +121,14 @@ def make_gateway(
         with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
             if plan.copies:
-                votes = await defence.vote(call.images, plan, bill)
+                votes = await defense.vote(call.images, plan, bill)
                 verdict = await anyio.to_thread.run_sync(judge, plan, votes)
             scores = await pipeline.ask(call.images, bill) if verdict is None else verdict.shares
             if settings.shadow:
-                defence.shadow.watch(call.images, scores, bill)
+                defense.shadow.watch(call.images, scores, bill)
             abstained = 0.0 if verdict is None else float((verdict.labels == ABSTAIN).mean()) * len(call.images)
             metrics.answered(plan.mode, len(call.images), len(call.images) * sum(plan.copies), abstained)
-            evidence, signed = Evidence(plan, bill.spent), defence.signature
+            evidence, signed = Evidence(plan, bill.spent), defense.signature
             if call.form == "image":
                 signed = replace(signed, labels=await pipeline.names(call.images, scores.shape[1]))
             if verdict is None:
@@ -183,23 +183,23 @@ def make_gateway(
         """What the model takes and answers, in the mode that is asked for or in the first one."""
         access.client(key)
         check_model(name, version)
-        with versions.current.in_use() as defence:
-            plan = defence.modes.plan(mode, None)
-            scores = await defence.pipeline.scores_shape()
+        with versions.current.in_use() as defense:
+            plan = defense.modes.plan(mode, None)
+            scores = await defense.pipeline.scores_shape()
             return JSONResponse(
                 {
                     "name": name,
-                    "versions": [defence.number],
+                    "versions": [defense.number],
                     "platform": "zo-gateway",
-                    "inputs": [{"name": oip.INPUT, "datatype": "FP32", "shape": [-1, *defence.shape]}],
+                    "inputs": [{"name": oip.INPUT, "datatype": "FP32", "shape": [-1, *defense.shape]}],
                     "outputs": [
                         {"name": output, "datatype": datatype, "shape": [-1, *of_one(scores)]}
                         for output, (datatype, of_one) in OUTPUTS[plan.mode].items()
                     ],
                     "parameters": {
-                        **defence.signature.parameters,
-                        "modes": ",".join(defence.modes.allowed),
-                        "runtime": defence.pipeline.runtime,
+                        **defense.signature.parameters,
+                        "modes": ",".join(defense.modes.allowed),
+                        "runtime": defense.pipeline.runtime,
                     },
                 }
             )

@@ -2,7 +2,7 @@
 
 An attacker who sees nothing but answers (score-based: Andriushchenko et al. 2020, Square; decision-based: Chen et al.
 2020, HopSkipJump) needs hundreds of images that differ from one another by hardly anything. To keep what was asked and
-look for neighbours is the stateful defence of Chen et al. 2020 ("Stateful Detection of Black-Box Adversarial Attacks")
+look for neighbours is the stateful defense of Chen et al. 2020 ("Stateful Detection of Black-Box Adversarial Attacks")
 and of Blacklight (Li et al. 2022). Two things are different here. Neighbours are counted by the group they form, so
 that memory is a bounded number of groups instead of every image; and an image that was sent before, to the last bit, is
 not counted: the answer to it teaches nothing new, and honest clients repeat themselves.

@@ -19,7 +19,7 @@ from defense.errors import ArtifactError
 from services.batching import Array
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
-from services.gateway.defence import Build, Defence
+from services.gateway.defense import Build, Defense
 from services.gateway.repository import Repository, Version, probes
 from services.gateway.shadow import disagreements
 from services.protocol.errors import Conflict, InvalidInput, NotFound, ServiceError, TooLarge, UnsupportedMedia
@@ -62,7 +62,7 @@ class Versions:
         self._repository = repository
         self._settings = settings
         self._own = own
-        self._before: Defence | None = None
+        self._before: Defense | None = None
         self._changing = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._stored = _stored_images(settings.self_test, self.current.shape)
@@ -85,7 +85,7 @@ class Versions:
         """The versions that could be loaded, ascending, as the disk has them now."""
         return self._repository.numbers() if self._repository is not None else (self.current.number,)
 
-    async def load(self, number: str | None = None) -> Defence:
+    async def load(self, number: str | None = None) -> Defense:
         """Changes for a version, once it has passed its self-test; until then, and if it does not, nothing changes.
 
         Args:
@@ -117,7 +117,7 @@ class Versions:
             self._switch(candidate)
         return candidate
 
-    async def roll_back(self) -> Defence:
+    async def roll_back(self) -> Defense:
         """Changes back to the version before, which is still loaded; once more, and the later one is back.
 
         Raises:
@@ -141,7 +141,7 @@ class Versions:
         except ArtifactError as error:
             raise Conflict(str(error)) from error
 
-    def _switch(self, candidate: Defence) -> None:
+    def _switch(self, candidate: Defense) -> None:
         oldest = self._before
         self._before, self.current = self.current, candidate
         if oldest is not None:
@@ -153,7 +153,7 @@ class Versions:
     def _tell(self) -> None:
         logger.warning("version %s answers now (artifact %s)", self.current.number, self.current.manifest.id)
 
-    async def _test(self, candidate: Defence) -> None:
+    async def _test(self, candidate: Defense) -> None:
         """Asks the victim about images as they are and as the candidate sanitizes them.
 
         Raises:
@@ -177,7 +177,7 @@ class Versions:
             )
 
 
-def _check_alike(candidate: Defence, current: Defence) -> None:
+def _check_alike(candidate: Defense, current: Defense) -> None:
     """Clients go on as they did: the same images in, the same classes out."""
     if candidate.shape != current.shape:
         raise Conflict(

@@ -159,7 +159,7 @@ def image_set(count: int, seed: int) -> ImageSet:
     return ImageSet(images, torch.zeros(count, dtype=torch.int64), tuple(map(str, range(count))))
 
 
-def test_a_defence_is_learned_from_a_model_there(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defense_is_learned_from_a_model_there(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = Splits("sides", ("left", "right"), image_set(60, 0), image_set(8, 1), image_set(8, 2), "f" * 64)
     for module in (pretrain, zo_fit):
         monkeypatch.setattr(module, "load_data", lambda *_, **__: splits)

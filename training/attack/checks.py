@@ -49,7 +49,7 @@ def checks(insider: Mapping[Size, Mapping[str, float]], outsider: Mapping[Size, 
         check("many steps are not weaker than one", below(insider, "fgsm", "pgd"))
         check("twice the steps and another start change little", below(small, "pgd-twice", "pgd"))
         if any("pgd-transfer" in one for one in insider.values()):
-            check("who sees no gradients of the defence is not better", below(insider, "pgd-transfer", "pgd"))
+            check("who sees no gradients of the defense is not better", below(insider, "pgd-transfer", "pgd"))
     if insider and outsider:
         both = {size: {"in": one["worst"], "out": outsider[size]["worst"]} for size, one in small.items()}
         check("who sees answers alone is not better than who sees all", below(both, "out", "in"))

@@ -1,4 +1,4 @@
-"""Images attacked once, on the bare victim, and sent to every defence: what each makes of them."""
+"""Images attacked once, on the bare victim, and sent to every defense: what each makes of them."""
 
 import logging
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
 from training.command.team import ALONE, Team
-from training.measure.results import NO_DEFENCE, Row, measured_row
+from training.measure.results import NO_DEFENSE, Row, measured_row
 from training.measure.scoring import main_score, scores
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Defence:
+class Defense:
     """One line of the table: what answers the images' scores, and what it cost to learn."""
 
     name: str
@@ -37,7 +37,7 @@ class Experiment:
         device: That device.
         images: (N,C,H,W) float32 in [0,1], on the CPU.
         labels: (N,) int64 true classes, or (N,H,W) true masks.
-        defences: Where the images are sent, the bare victim first.
+        defenses: Where the images are sent, the bare victim first.
         team: The processes that share the images; all have all of the above.
     """
 
@@ -49,7 +49,7 @@ class Experiment:
     device: torch.device
     images: Tensor
     labels: Tensor
-    defences: tuple[Defence, ...]
+    defenses: tuple[Defense, ...]
     team: Team = ALONE
 
     def clean(self) -> list[Row]:
@@ -71,12 +71,12 @@ class Experiment:
         if not right.any():
             logger.warning("%s: the bare victim gets no image right, so there are no norms to report", attack)
             return rows
-        for defence in self.defences:
-            if defence.name == NO_DEFENCE:
-                rows.append(self._median(defence, attack, "median_l2", norms[right]))
+        for defense in self.defenses:
+            if defense.name == NO_DEFENSE:
+                rows.append(self._median(defense, attack, "median_l2", norms[right]))
             own = right.nonzero().squeeze(1)[self.team.share(int(right.sum()))]
-            scaled = scaled_norms(defence.endpoint, self.images[own], adversarials[own], self.labels[own])
-            rows.append(self._median(defence, attack, "median_l2_scaled", self.team.gather(scaled)))
+            scaled = scaled_norms(defense.endpoint, self.images[own], adversarials[own], self.labels[own])
+            rows.append(self._median(defense, attack, "median_l2_scaled", self.team.gather(scaled)))
         return rows
 
     def _craft(self, attack: str, epsilon: float | None) -> Tensor:
@@ -86,20 +86,20 @@ class Experiment:
 
     def _scores(self, images: Tensor, attack: str, norm: str, epsilon: float | None) -> list[Row]:
         rows = []
-        for defence in self.defences:
-            answers = self.team.gather(defence.endpoint(images[self.team.share(len(images))]).argmax(dim=1))
+        for defense in self.defenses:
+            answers = self.team.gather(defense.endpoint(images[self.team.share(len(images))]).argmax(dim=1))
             for metric, values in scores(answers, self.labels).items():
-                rows.append(self._row(defence, attack, norm, epsilon, metric, values))
+                rows.append(self._row(defense, attack, norm, epsilon, metric, values))
             size, main = "" if epsilon is None else f" {epsilon:.4f}", main_score(answers, self.labels).mean().item()
-            logger.info("%s%s: %s %.1f%%", attack, size, defence.name, 100 * main)
+            logger.info("%s%s: %s %.1f%%", attack, size, defense.name, 100 * main)
         return rows
 
-    def _median(self, defence: Defence, attack: str, metric: str, norms: Tensor) -> Row:
-        row = self._row(defence, attack, ATTACKS[attack].norm, None, metric, norms)
-        logger.info("%s: %s %s %s", attack, defence.name, metric, "inf" if row.value is None else f"{row.value:.3f}")
+    def _median(self, defense: Defense, attack: str, metric: str, norms: Tensor) -> Row:
+        row = self._row(defense, attack, ATTACKS[attack].norm, None, metric, norms)
+        logger.info("%s: %s %s %s", attack, defense.name, metric, "inf" if row.value is None else f"{row.value:.3f}")
         return row
 
-    def _row(self, defence: Defence, attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
+    def _row(self, defense: Defense, attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
         return measured_row(
             values.double().numpy(),
             dataset=self.dataset,
@@ -108,8 +108,8 @@ class Experiment:
             attack=attack,
             norm=norm,
             epsilon=epsilon,
-            defence=defence.name,
+            defense=defense.name,
             metric=metric,
-            queries=defence.queries,
+            queries=defense.queries,
             seed=self.seed,
         )

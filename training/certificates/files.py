@@ -14,7 +14,7 @@ class Settings:
     """What determines every line of an output file, and so must not change when it is continued.
 
     Attributes:
-        name: Name of the defence.
+        name: Name of the defense.
         artifact: Id of the gateway's artifact; None for a bare victim.
         dataset: Name of the data.
         fingerprint: SHA-256 of the data.

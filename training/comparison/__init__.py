@@ -1,1 +1,1 @@
-"""Defences compared at equal numbers of queries."""
+"""Defenses compared at equal numbers of queries."""

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from defense.preprocessors import PREPROCESSORS
 from training.fit.presets import PRESETS
-from training.measure.results import NO_DEFENCE
+from training.measure.results import NO_DEFENSE
 
 Kind = Literal["bare", "preprocessor", "pretrained", "autoencoder", "learned"]
 
@@ -31,13 +31,13 @@ class Method:
 
     @property
     def white_box(self) -> bool:
-        """Whether it sees the victim's exact gradients: an upper bound, not a defence of a black box."""
+        """Whether it sees the victim's exact gradients: an upper bound, not a defense of a black box."""
         return any(flag.endswith("exact") for flag in self.flags)
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType(
     {
-        NO_DEFENCE: Method("bare"),
+        NO_DEFENSE: Method("bare"),
         "noise": Method("bare"),
         **{name: Method("preprocessor", name) for name in PREPROCESSORS},
         "ae": Method("autoencoder", "denoiser+autoencoder"),

@@ -18,7 +18,7 @@ from defense.preprocessors import PREPROCESSORS
 from training.certificates.files import read_output
 from training.command.cli import UserError
 from training.comparison.methods import METHODS
-from training.measure.results import NO_DEFENCE
+from training.measure.results import NO_DEFENSE
 
 Front = Callable[[Tensor], Tensor]
 """What images pass before the victim: (N,C,H,W) of any finite range -> the same shape."""
@@ -100,7 +100,7 @@ def finished(out: Path, run: Run, images: int) -> Record | None:
     record = _RECORD.validate_json(path.read_bytes()) if path.exists() else None
     if record is None or len(record.clean) < images:
         return None
-    return record if run.method == NO_DEFENCE or len(read_output(certificates_path(out, run))) >= images else None
+    return record if run.method == NO_DEFENSE or len(read_output(certificates_path(out, run))) >= images else None
 
 
 def read_records(out: Path) -> list[Record]:
@@ -165,7 +165,7 @@ def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
     unfinished = []
     for record in read_records(out):
         lines = read_output(certificates_path(out, record.run))
-        smoothed = record.run.method != NO_DEFENCE
+        smoothed = record.run.method != NO_DEFENSE
         done = sum(index in lines for index, _ in record.clean) if smoothed else len(record.clean)
         if min(done, len(record.clean)) < images:
             unfinished.append(f"{record.run}: {done} of {images} images")

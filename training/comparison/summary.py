@@ -80,7 +80,7 @@ def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fix
                 continue
             metric = fixed["metric"] if radius is None else f"certified_{fixed['metric']}"
             for record, values in zip(group.records, hits, strict=True):
-                mine = {"defence": group.run.method, "queries": record.queries, "seed": record.run.seed}
+                mine = {"defense": group.run.method, "queries": record.queries, "seed": record.run.seed}
                 rows.append(score_row(values.tolist(), **{**fixed, **mine, "metric": metric}, radius=radius))
             low, high = nested_interval(hits)
             last = rows[-1]

@@ -208,8 +208,8 @@ def claim(path: Path, settings: dict[str, JsonValue]) -> None:
         replace_file(path, (json.dumps(merged, indent=1) + "\n").encode())
 
 
-def defence_name(text: str) -> str:
-    """Parses the name of a defence, which also names files (an argparse type)."""
+def defense_name(text: str) -> str:
+    """Parses the name of a defense, which also names files (an argparse type)."""
     if not re.fullmatch(r"[\w+-][\w.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: use letters, digits and . _ + -")
     return text

@@ -9,18 +9,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from defense.files import replace_file
 from training.command.cli import UserError
 from training.measure.intervals import bootstrap_interval
 
-NO_DEFENCE = "none"
-"""The name of the bare victim in the column `defence`."""
+NO_DEFENSE = "none"
+"""The name of the bare victim in the column `defense`."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Row:
         norm: "linf", "l2", "severity" (of corruptions), or "none".
         epsilon: Size of the perturbation, or certified radius, in units of [0,1], or severity; None where there is no
             bound.
-        defence: Name of the defence; `NO_DEFENCE` for the bare victim.
+        defense: Name of the defense; `NO_DEFENSE` for the bare victim.
         metric: "accuracy", "dice", "iou", "dice_small" (lesions under a twentieth of the image), or "certified_...";
             "abstained" (share of pixels), "median_l2", "median_l2_scaled", ...
         value: The number; a share for accuracies and the like. None stands for "beyond everything tried" (an infinite
             median).
         n: Images it was measured on.
-        queries: Victim queries spent to learn the defence; 0 for none.
+        queries: Victim queries spent to learn the defense; 0 for none.
         seed: Seed of the command that measured it.
         low: Lower end of the 95% bootstrap interval over the images; None where unknown or infinite.
         high: Upper end of it.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True)
 
     dataset: str
     task: str
@@ -56,7 +56,7 @@ class Row:
     attack: str
     norm: str
     epsilon: float | None
-    defence: str
+    defense: Annotated[str, Field(alias="defence")]  # the file's spelling, which older results have
     metric: str
     value: float | None
     n: int
@@ -71,6 +71,7 @@ class Row:
         return tuple(value for name, value in asdict(self).items() if name not in {"value", "n", "low", "high"})
 
 
+_ROW = TypeAdapter(Row)
 _ROWS = TypeAdapter(list[Row])
 
 
@@ -106,7 +107,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def replace_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes a results file of exactly these rows, atomically, whatever was there."""
-    lines = (json.dumps(asdict(row), allow_nan=False) for row in rows)
+    lines = (json.dumps(_ROW.dump_python(row, by_alias=True), allow_nan=False) for row in rows)
     replace_file(path, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 
 
@@ -119,7 +120,7 @@ def measured_row(
     attack: str,
     norm: str,
     epsilon: float | None,
-    defence: str,
+    defense: str,
     metric: str,
     queries: int,
     seed: int,
@@ -135,7 +136,7 @@ def measured_row(
         attack: See there.
         norm: See there.
         epsilon: See there.
-        defence: See there.
+        defense: See there.
         metric: See there.
         queries: See there.
         seed: See there; also of the resampling.
@@ -150,7 +151,7 @@ def measured_row(
         attack=attack,
         norm=norm,
         epsilon=epsilon,
-        defence=defence,
+        defense=defense,
         metric=metric,
         value=finite(float(middle(array))),
         n=len(array),
@@ -179,7 +180,7 @@ def finite(value: float) -> float | None:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """An aligned plain-text table: one line a defence, one column an attack and size, under two lines of heads.
+    """An aligned plain-text table: one line a defense, one column an attack and size, under two lines of heads.
 
     Accuracies, Dice and the like are printed in percent, norms in units of [0,1]; "inf" means beyond everything tried,
     "-" not measured.
@@ -190,12 +191,12 @@ def format_table(rows: Sequence[Row]) -> str:
     columns.sort(key=lambda column: column != _CLEAN)  # stable: only the clean column moves
     cells = {(_line(row), _column(row)): _cell(row) for row in rows}
     several_sets = len({(row.dataset, row.split, row.seed) for row in rows}) > 1
-    lines = [("defence", *(("data, seed",) if several_sets else ()), *(head for head, _ in columns), "queries")]
+    lines = [("defense", *(("data, seed",) if several_sets else ()), *(head for head, _ in columns), "queries")]
     lines.append(("", *(("",) if several_sets else ()), *(below for _, below in columns), "spent"))
     for line in dict.fromkeys(_line(row) for row in rows):
-        dataset, split, seed, defence, queries = line
+        dataset, split, seed, defense, queries = line
         where = (f"{dataset} {split}, {seed}",) if several_sets else ()
-        lines.append((defence, *where, *(cells.get((line, column), "-") for column in columns), f"{queries:,}"))
+        lines.append((defense, *where, *(cells.get((line, column), "-") for column in columns), f"{queries:,}"))
     return align(lines, left=2 if several_sets else 1)
 
 
@@ -217,7 +218,7 @@ _SHARES = ("accuracy", "dice", "iou", "dice_small", "abstained")
 
 
 def _line(row: Row) -> tuple[str, str, int, str, int]:
-    return row.dataset, row.split, row.seed, row.defence, row.queries
+    return row.dataset, row.split, row.seed, row.defense, row.queries
 
 
 def _is_share(row: Row) -> bool:

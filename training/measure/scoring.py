@@ -15,7 +15,7 @@ TITLES: Final = {ACCURACY: "Accuracy", DICE: "Dice", SMALL: "Dice of lesions und
 
 
 def main_metric(labels: Tensor) -> str:
-    """The metric by which defences are compared: of classes (N,) the accuracy, of masks (N, H, W) the Dice."""
+    """The metric by which defenses are compared: of classes (N,) the accuracy, of masks (N, H, W) the Dice."""
     return ACCURACY if labels.ndim == 1 else DICE
 
 

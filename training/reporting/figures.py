@@ -18,7 +18,7 @@ from training.attack.campaign import OUTSIDER, WORST_CASE
 from training.attack.checks import SURE
 from training.comparison.plots import COLOURS, MARKERS
 from training.measure.results import Row
-from training.reporting.tables import MISSING, defences
+from training.reporting.tables import MISSING, defenses
 
 _ATTACKS: Final = (
     ("linf", "pgd", 255, "L-infinity size of the attack, in 1/255"),
@@ -31,19 +31,19 @@ Point = tuple[float, float]
 def against_size(rows: Sequence[Row], metric: str) -> Iterator[str]:
     """Scores against epsilon: PGD made for the bare model, the worst case of an outsider, and that of all attacks."""
     scores = [row for row in rows if row.metric == metric]
-    clean = {row.defence: [(0.0, row.value or 0.0)] for row in scores if row.attack == "none"}
+    clean = {row.defense: [(0.0, row.value or 0.0)] for row in scores if row.attack == "none"}
     drawn = False
     for norm, oblivious, scale, unit in _ATTACKS:
         lines: list[tuple[str, int, str, list[Point]]] = []
-        for number, defence in enumerate(defences(scores)):
+        for number, defense in enumerate(defenses(scores)):
             for attack, style in ((oblivious, "-"), (OUTSIDER, ":"), (WORST_CASE, "--")):
-                wanted = (defence, norm, attack)
-                found = [row for row in scores if (row.defence, row.norm, row.attack) == wanted and row.epsilon]
+                wanted = (defense, norm, attack)
+                found = [row for row in scores if (row.defense, row.norm, row.attack) == wanted and row.epsilon]
                 found = [row for row in found if norm != "linf" or (row.epsilon or 0) < SURE]  # a check, no result
                 points = sorted((scale * (row.epsilon or 0), row.value or 0) for row in found)
                 how = _HOW.get(attack, f"oblivious {attack}")
                 if points:
-                    lines.append((f"{defence}, {how}", number, style, [*clean.get(defence, []), *points]))
+                    lines.append((f"{defense}, {how}", number, style, [*clean.get(defense, []), *points]))
         if lines:
             drawn = True
             yield _figure(lines, unit, f"{metric}, %", f"{metric} against the size of the attack, {norm}")
@@ -57,9 +57,9 @@ def certified(rows: Sequence[Row], metric: str) -> str:
     if not shown:
         return f"{MISSING}<p><code>python -m training.certify</code> measures it.</p>"
     lines = []
-    for number, defence in enumerate(defences(shown)):
-        points = sorted((row.epsilon or 0, row.value or 0) for row in shown if row.defence == defence)
-        lines.append((defence, number, "-", points))
+    for number, defense in enumerate(defenses(shown)):
+        points = sorted((row.epsilon or 0, row.value or 0) for row in shown if row.defense == defense)
+        lines.append((defense, number, "-", points))
     return _figure(lines, "certified L2 radius", f"certified {metric}, %", f"certified {metric} against the radius")
 
 

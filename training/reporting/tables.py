@@ -6,7 +6,7 @@ from enum import Enum
 
 from defense.artifact import Manifest
 from training.attack.campaign import CORRUPTION, OUTSIDER, WORST_CASE
-from training.measure.results import NO_DEFENCE, Row
+from training.measure.results import NO_DEFENSE, Row
 from training.measure.scoring import TITLES
 
 MISSING = "<p>Not measured.</p>"
@@ -36,13 +36,13 @@ def corruptions(rows: Sequence[Row], metric: str) -> str:
     shown = [row for row in rows if row.metric == metric and _rung(row.attack)[0] is _Rung.CORRUPTION]
     if not shown:
         return ""
-    names = defences(shown)
+    names = defenses(shown)
     lines = []
     for attack in sorted({row.attack for row in shown}):
         line = [html.escape(_rung(attack)[1])]
         for name in names:
             found = sorted(
-                (row.epsilon or 0, row.value or 0) for row in shown if (row.attack, row.defence) == (attack, name)
+                (row.epsilon or 0, row.value or 0) for row in shown if (row.attack, row.defense) == (attack, name)
             )
             line.append(" / ".join(f"{100 * value:.1f}" for _, value in found) or "-")
         lines.append(line)
@@ -51,28 +51,28 @@ def corruptions(rows: Sequence[Row], metric: str) -> str:
 
 
 def _scores(rows: Sequence[Row], metric: str, caption: str, rungs: Collection["_Rung"]) -> str:
-    """A line an attack and size, by who attacks; a column a defence."""
+    """A line an attack and size, by who attacks; a column a defense."""
     shown = [row for row in rows if row.metric == metric and row.attack != "certificate"]
     shown = [row for row in shown if _rung(row.attack)[0] in rungs]
     if not shown:
         return ""
     columns = sorted({_column(row) for row in shown}, key=lambda one: (_rung(one[0])[0].value, *one))
-    cells = {(row.defence, _column(row)): row for row in shown}
-    names = defences(shown)
+    cells = {(row.defense, _column(row)): row for row in shown}
+    names = defenses(shown)
     lines = []
     for attack, norm, epsilon in columns:
         line = [f"{html.escape(_rung(attack)[1])} <small>{_size(norm, epsilon)}</small>"]
-        lines.append([*line, *(_cell(cells.get((defence, (attack, norm, epsilon)))) for defence in names)])
+        lines.append([*line, *(_cell(cells.get((defense, (attack, norm, epsilon)))) for defense in names)])
     return table(caption, ["attack", *map(html.escape, names)], lines)
 
 
 def smallest(rows: Sequence[Row]) -> str:
-    """The median L2 norms of the smallest changes that attacks found, a column a defence; nothing where none was."""
+    """The median L2 norms of the smallest changes that attacks found, a column a defense; nothing where none was."""
     shown = [row for row in rows if row.metric.startswith("median_")]
     if not shown:
         return ""
-    names = defences(shown)
-    cells = {(row.defence, row.attack, row.metric): row for row in shown}
+    names = defenses(shown)
+    cells = {(row.defense, row.attack, row.metric): row for row in shown}
     lines = []
     for attack, metric in sorted(
         {(row.attack, row.metric) for row in shown}, key=lambda one: (_rung(one[0])[0].value, *one)
@@ -93,13 +93,13 @@ def ledger(artifacts: Mapping[str, Manifest]) -> Iterator[str]:
     for name, manifest in artifacts.items():
         counts = [manifest.queries.get(purpose, 0) for purpose in purposes]
         lines.append([html.escape(name), *(f"{count:,}" for count in [*counts, manifest.queries_spent])])
-    head = ["defence", *map(html.escape, purposes), "all"]
+    head = ["defense", *map(html.escape, purposes), "all"]
     yield table("Victim queries by purpose, in images", head, lines)
 
 
-def defences(rows: Sequence[Row]) -> list[str]:
+def defenses(rows: Sequence[Row]) -> list[str]:
     """Their names, the bare model first."""
-    return sorted({row.defence for row in rows}, key=lambda name: (name != NO_DEFENCE, name))
+    return sorted({row.defense for row in rows}, key=lambda name: (name != NO_DEFENSE, name))
 
 
 class _Rung(Enum):

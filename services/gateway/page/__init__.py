@@ -102,15 +102,15 @@ def page_api(
     async def state(key: KeySent) -> JSONResponse:
         """How the gateway is, and what this client has spent."""
         client = access.client(key)
-        with versions.current.in_use() as defence:
+        with versions.current.in_use() as defense:
             account = accounts.of(client.name)
             return JSONResponse(
                 {
-                    "ready": await defence.pipeline.ready(),
+                    "ready": await defense.pipeline.ready(),
                     "model": settings.model_name,
-                    "version": defence.number,
-                    "artifact": defence.manifest.name,
-                    "modes": list(defence.modes.allowed),
+                    "version": defense.number,
+                    "artifact": defense.manifest.name,
+                    "modes": list(defense.modes.allowed),
                     "compare": settings.page_compare,
                     "upstream_ms": metrics.mean_upstream_ms(),
                     "queries": sum(account.queries.values()),
@@ -135,8 +135,8 @@ def page_api(
     async def sanitized(request: Request, key: KeySent) -> JSONResponse:
         """The image as the sanitizer sees it, and what it makes of it: PNGs in base64. Costs no query."""
         call, _ = await uploaded(request, key)
-        with versions.current.in_use() as defence, admission.admit(1):
-            after = await deadlines.attended(request, defence.pipeline.sanitize(call.images))
+        with versions.current.in_use() as defense, admission.admit(1):
+            after = await deadlines.attended(request, defense.pipeline.sanitize(call.images))
         images = {"original": call.images[0].clip(0, 1), "sanitized": after[0]}
         told: dict[str, Any] = {name: base64.b64encode(encode_png(image)).decode() for name, image in images.items()}
         told["largest"] = float(abs(images["sanitized"] - images["original"]).max())
@@ -149,15 +149,15 @@ def page_api(
             """What the bare model answers; never an answer to anybody's request at /predict."""
             call, name = await uploaded(request, key)
             with (
-                versions.current.in_use() as defence,
+                versions.current.in_use() as defense,
                 accounts.of(name).bill(COMPARE, 1) as bill,
                 admission.admit(1),
             ):
                 bill.spend(1)
                 raw = call.images.clip(0, 1)
-                scores = await deadlines.attended(request, defence.pipeline.forward(raw, bill.refund))
-                labels = await defence.pipeline.names(raw, scores.shape[1])
-                return await answer(call, scores, Signature(settings.model_name, defence.number, labels))
+                scores = await deadlines.attended(request, defense.pipeline.forward(raw, bill.refund))
+                labels = await defense.pipeline.names(raw, scores.shape[1])
+                return await answer(call, scores, Signature(settings.model_name, defense.number, labels))
 
     return router
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_defence import SIDE, Brighter, splits
+from toy_defense import SIDE, Brighter, splits
 
 from defense.attacks import craft
 from defense.auto_pgd import auto_pgd

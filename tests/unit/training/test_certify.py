@@ -142,7 +142,7 @@ def test_prints_certified_accuracy_with_the_linf_equivalent_and_adds_rows(
     rows = read_rows(tmp_path / "r.json")
     assert [row.epsilon for row in rows] == [0.0, 0.1, 0.3]
     assert {(row.attack, row.norm, row.metric) for row in rows} == {("certificate", "l2", "certified_accuracy")}
-    assert {(row.defence, row.queries, row.n, row.dataset) for row in rows} == {("zo", 4321, 12, "toy")}
+    assert {(row.defense, row.queries, row.n, row.dataset) for row in rows} == {("zo", 4321, 12, "toy")}
     assert rows[2].value == 0.0
 
 

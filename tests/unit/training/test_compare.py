@@ -122,20 +122,20 @@ def test_the_summary_has_every_run_the_means_and_the_leads(run, pictures, tmp_pa
     assert run("none,noise,blur,ae,mse,zo-ds", "--seeds", "0,1") == 0
     out = tmp_path / "out"
     rows = {
-        (row.defence, row.metric, row.epsilon, row.seed, row.queries): row for row in read_rows(out / "results.json")
+        (row.defense, row.metric, row.epsilon, row.seed, row.queries): row for row in read_rows(out / "results.json")
     }
     learned = [key for key in rows if key[0] == "zo-ds" and key[1] == "certified_accuracy" and key[2] == 0.1]
     assert [key[3] for key in learned] == [0, 1]
     assert all(0 < key[4] <= 600 for key in learned)
-    means = [row for row in rows.values() if row.defence == "zo-ds" and row.metric == "mean_certified_accuracy"]
+    means = [row for row in rows.values() if row.defense == "zo-ds" and row.metric == "mean_certified_accuracy"]
     assert [row.epsilon for row in means] == [0.0, 0.1]
     at_01 = [rows[key].value for key in learned]
     assert means[1].value == pytest.approx(sum(at_01) / 2)
     assert means[1].low <= means[1].value <= means[1].high
-    leads = [row for row in rows.values() if row.metric == "certified_accuracy_minus_mse" and row.defence == "zo-ds"]
+    leads = [row for row in rows.values() if row.metric == "certified_accuracy_minus_mse" and row.defense == "zo-ds"]
     mse = rows["mse", "certified_accuracy", 0.1, 0, 0].value
     assert leads[1].value == pytest.approx(means[1].value - mse)
-    assert {row.metric for row in rows.values() if row.defence == "none"} == {
+    assert {row.metric for row in rows.values() if row.defense == "none"} == {
         "accuracy",
         "mean_accuracy",
         "accuracy_minus_mse",

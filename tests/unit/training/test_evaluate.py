@@ -43,12 +43,12 @@ def run(
 
 
 def value(
-    rows: Sequence[Row], defence: str, attack: str, epsilon: float | None = None, metric: str = "accuracy"
+    rows: Sequence[Row], defense: str, attack: str, epsilon: float | None = None, metric: str = "accuracy"
 ) -> float:
     wanted = [
         row.value
         for row in rows
-        if (row.defence, row.attack, row.metric) == (defence, attack, metric)
+        if (row.defense, row.attack, row.metric) == (defense, attack, metric)
         and (epsilon is None or row.epsilon == pytest.approx(epsilon))
     ]
     assert len(wanted) == 1
@@ -88,7 +88,7 @@ def test_accuracy_with_and_without_the_gateway_is_what_the_closed_form_says(tmp_
 
 
 @pytest.mark.usefixtures("world")
-def test_ddn_reports_its_median_norm_and_the_scaled_one_of_every_defence(tmp_path: Path) -> None:
+def test_ddn_reports_its_median_norm_and_the_scaled_one_of_every_defense(tmp_path: Path) -> None:
     assert run(tmp_path / "r.json", "--attacks", "ddn") == 0
     rows = read_rows(tmp_path / "r.json")
     boundary = 4 / 255 * 4  # L2: the mean moves by 4/255 in all 16 pixels
@@ -97,18 +97,18 @@ def test_ddn_reports_its_median_norm_and_the_scaled_one_of_every_defence(tmp_pat
     assert value(rows, "none", "ddn", metric="median_l2") == pytest.approx(boundary, rel=0.1)
     assert value(rows, "none", "ddn", metric="median_l2_scaled") == pytest.approx(boundary, rel=0.1)
     assert value(rows, "zo", "ddn", metric="median_l2_scaled") == pytest.approx(boundary + 0.05 * 4, rel=0.1)
-    assert not [row for row in rows if row.defence == "zo" and row.metric == "median_l2"]
+    assert not [row for row in rows if row.defense == "zo" and row.metric == "median_l2"]
 
 
 @pytest.mark.usefixtures("world")
 def test_rows_say_everything_about_themselves(tmp_path: Path) -> None:
     run(tmp_path / "r.json", "--attacks", "pgd-l2", "--epsilons-l2", "0.5", "--seed", "3", "--limit", "8")
     clean, _, attacked, defended = read_rows(tmp_path / "r.json")
-    assert (clean.attack, clean.norm, clean.epsilon, clean.defence) == ("none", "none", None, "none")
+    assert (clean.attack, clean.norm, clean.epsilon, clean.defense) == ("none", "none", None, "none")
     assert (attacked.attack, attacked.norm, attacked.epsilon) == ("pgd-l2", "l2", 0.5)
     assert (attacked.dataset, attacked.task, attacked.split) == ("toy", "classification", "test")
     assert (attacked.n, attacked.seed, attacked.queries) == (8, 3, 0)
-    assert (defended.defence, defended.queries) == ("zo", 4321)
+    assert (defended.defense, defended.queries) == ("zo", 4321)
     assert (clean.low, clean.high) == (1.0, 1.0)
 
 
@@ -124,7 +124,7 @@ def test_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_runs_without_any_gateway_and_on_the_validation_split(tmp_path: Path) -> None:
     assert run(tmp_path / "r.json", "--attacks", "fgsm", "--split", "validation", urls=False) == 0
     rows = read_rows(tmp_path / "r.json")
-    assert {row.defence for row in rows} == {"none"}
+    assert {row.defense for row in rows} == {"none"}
     assert {(row.split, row.n) for row in rows} == {("validation", 2)}
 
 
@@ -229,8 +229,8 @@ def test_victim_baselines_and_artifacts_run_in_this_process(
     argv = ["--results", str(tmp_path / "r.json"), "--device", "cpu", "--attacks", "fgsm", "--epsilons-linf", "8"]
     assert evaluate.main([*argv, *here]) == 0
     rows = read_rows(tmp_path / "r.json")
-    assert [row.defence for row in rows if row.attack == "none"] == ["none", "noise", "jpeg", "blur", "median", "ours"]
-    assert {row.defence: row.queries for row in rows}["ours"] == 77
+    assert [row.defense for row in rows if row.attack == "none"] == ["none", "noise", "jpeg", "blur", "median", "ours"]
+    assert {row.defense: row.queries for row in rows}["ours"] == 77
     assert value(rows, "none", "fgsm") == 0.0 <= value(rows, "ours", "fgsm")
     assert "victim in process" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The picture of attack and defence, of classes and of masks."""
+"""The picture of attack and defense, of classes and of masks."""
 
 import io
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from toy_defence import SIDE, Brighter, publish, splits
+from toy_defense import SIDE, Brighter, publish, splits
 
 from training import grid
 from training.data.datasets import ImageSet, Splits

@@ -1,4 +1,4 @@
-"""Attacks by who has everything and by who sees answers: what they find on a defence that is none."""
+"""Attacks by who has everything and by who sees answers: what they find on a defense that is none."""
 
 import json
 from contextlib import nullcontext
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_defence import SIDE, Brighter, publish, splits
+from toy_defense import SIDE, Brighter, publish, splits
 
 from defense import adaptive
 from defense.artifact import load_artifact
@@ -17,7 +17,7 @@ from training.victim.in_process import InProcessVictim
 
 
 class Gateway(InProcessVictim):
-    """The same defence, as its gateway answers."""
+    """The same defense, as its gateway answers."""
 
     def __init__(self, whole: bool, artifact: dict[str, object] | None) -> None:
         super().__init__(Brighter(whole).eval(), splits(whole).labels, torch.device("cpu"))

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from toy_defence import publish
+from toy_defense import publish
 
 from training import report
 from training.measure.results import Row, write_rows
 
 
 def row(
-    attack: str, epsilon: float | None, defence: str, value: float, metric: str = "accuracy", norm: str = "linf"
+    attack: str, epsilon: float | None, defense: str, value: float, metric: str = "accuracy", norm: str = "linf"
 ) -> Row:
     return Row(
         dataset="toy",
@@ -24,7 +24,7 @@ def row(
         attack=attack,
         norm="none" if attack == "none" else norm,
         epsilon=epsilon,
-        defence=defence,
+        defense=defense,
         metric=metric,
         value=value,
         n=40,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_defence import SIDE, Brighter, splits
+from toy_defense import SIDE, Brighter, splits
 
 from services.protocol.images import decode_image
 from training import samples

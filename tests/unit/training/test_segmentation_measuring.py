@@ -85,11 +85,11 @@ def test_dice_and_iou_with_and_without_the_gateway_are_what_the_closed_form_says
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = evaluated(tmp_path, "--attacks", "fgsm,pgd", "--epsilons-linf", "2,8")
-    found = {(row.defence, row.attack, round(255 * (row.epsilon or 0)), row.metric): row.value for row in rows}
+    found = {(row.defense, row.attack, round(255 * (row.epsilon or 0)), row.metric): row.value for row in rows}
     for metric in ("dice", "iou"):
-        for defence in ("none", "zo"):
-            assert found[defence, "none", 0, metric] == 1
-            assert found[defence, "fgsm", 2, metric] == 1
+        for defense in ("none", "zo"):
+            assert found[defense, "none", 0, metric] == 1
+            assert found[defense, "fgsm", 2, metric] == 1
         for attack in ("fgsm", "pgd"):
             assert found["none", attack, 8, metric] == pytest.approx(0, abs=0.02)
             assert found["zo", attack, 8, metric] == 1

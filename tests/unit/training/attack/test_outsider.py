@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from toy_defence import SIDE, Brighter, splits
+from toy_defense import SIDE, Brighter, splits
 
 from defense.corruptions import CORRUPTIONS
 from services.protocol.errors import Overloaded

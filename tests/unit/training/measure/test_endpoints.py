@@ -12,7 +12,7 @@ from training.measure.endpoints import (
     Defended,
     Identity,
     claim,
-    defence_name,
+    defense_name,
     identify,
     locked,
     number_list,
@@ -77,9 +77,9 @@ def test_order_is_deterministic_and_a_smaller_limit_is_its_beginning() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a/b", "../x", "a b", ".hidden"])
-def test_defence_names_are_safe_file_names(text: str) -> None:
+def test_defense_names_are_safe_file_names(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        defence_name(text)
+        defense_name(text)
 
 
 def test_number_list_drops_repetitions() -> None:

@@ -15,7 +15,7 @@ ROW = Row(
     attack="pgd",
     norm="linf",
     epsilon=4 / 255,
-    defence="none",
+    defense="none",
     metric="accuracy",
     value=0.125,
     n=200,
@@ -56,7 +56,7 @@ def test_row_replaces_the_older_one_of_the_same_identity(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"defence": "zo"}, {"epsilon": 0.5}, {"seed": 1}, {"queries": 5}, {"metric": "median_l2"}]
+    "change", [{"defense": "zo"}, {"epsilon": 0.5}, {"seed": 1}, {"queries": 5}, {"metric": "median_l2"}]
 )
 def test_row_of_another_identity_is_added(change: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "results.json"
@@ -114,7 +114,7 @@ def test_rows_are_replaced_whatever_was_there(tmp_path: Path) -> None:
 
 def test_row_of_hits_is_their_share_with_its_interval() -> None:
     hits = [True, True, False, True] * 10
-    common = {"dataset": "d", "task": "classification", "split": "test", "defence": "x", "queries": 3, "seed": 2}
+    common = {"dataset": "d", "task": "classification", "split": "test", "defense": "x", "queries": 3, "seed": 2}
     row = score_row(hits, **common, metric="certified_accuracy", radius=0.25)
     assert (row.attack, row.norm, row.epsilon, row.metric) == ("certificate", "l2", 0.25, "certified_accuracy")
     assert (row.value, row.n, row.queries, row.seed) == (0.75, 40, 3, 2)
@@ -123,21 +123,21 @@ def test_row_of_hits_is_their_share_with_its_interval() -> None:
     assert (clean.attack, clean.norm, clean.epsilon, clean.metric) == ("none", "none", None, "accuracy")
 
 
-def test_table_has_one_line_a_defence_and_one_column_an_attack_and_size() -> None:
+def test_table_has_one_line_a_defense_and_one_column_an_attack_and_size() -> None:
     ddn = {"attack": "ddn", "norm": "l2", "epsilon": None}
     rows = [
         ROW,
         CLEAN,
-        replace(ROW, defence="zo-ae-ds", value=0.7, queries=80_000),
-        replace(CLEAN, defence="zo-ae-ds", value=1.0, queries=80_000),
+        replace(ROW, defense="zo-ae-ds", value=0.7, queries=80_000),
+        replace(CLEAN, defense="zo-ae-ds", value=1.0, queries=80_000),
         replace(ROW, attack="pgd-l2", norm="l2", epsilon=0.5, value=0.0),
         replace(ROW, **ddn, value=0.25),
         replace(ROW, **ddn, metric="median_l2", value=0.2105),
-        replace(ROW, **ddn, metric="median_l2_scaled", defence="zo-ae-ds", queries=80_000, value=None),
+        replace(ROW, **ddn, metric="median_l2_scaled", defense="zo-ae-ds", queries=80_000, value=None),
         replace(ROW, attack="certificate", norm="l2", epsilon=0.25, metric="certified_accuracy", value=0.5),
     ]
     assert format_table(rows).splitlines() == [
-        "defence   clean    pgd  pgd-l2   ddn        ddn               ddn  certified  queries",
+        "defense   clean    pgd  pgd-l2   ddn        ddn               ddn  certified  queries",
         "              %  4/255     0.5     %  median l2  median l2 scaled     r=0.25    spent",
         "none       97.0   12.5     0.0  25.0      0.210                 -       50.0        0",
         "zo-ae-ds  100.0   70.0       -     -          -               inf          -   80,000",

@@ -21,7 +21,7 @@ from services.gateway.voting import Voter
 from services.protocol.replies import Signature
 
 
-class Defence:
+class Defense:
     """A version at work. An async context manager: it works inside only.
 
     Batches are its own, so that no two versions ever share one.
@@ -113,8 +113,8 @@ class Defence:
         await self.__aexit__(None, None, None)
 
 
-Build = Callable[[Version], Defence]
-"""Makes a defence of a version."""
+Build = Callable[[Version], Defense]
+"""Makes a defense of a version."""
 
 
 def _signature(manifest: Manifest, model_name: str, number: str) -> Signature:
