@@ -23,6 +23,7 @@ from defense.estimators import LocalGradientEstimator
 from services.device import resolve_device
 from training import pretrain
 from training.command import cli
+from training.command.errors import UserError
 from training.comparison.plots import COLOURS, MARKERS
 from training.data.datasets import load_data
 from training.victim.in_process import in_process
@@ -85,7 +86,7 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> int:
     splits = load_data(arguments)
     if splits.task != "segmentation":
-        raise cli.UserError(f"{splits.name} has no masks: local credit is for segmenters")
+        raise UserError(f"{splits.name} has no masks: local credit is for segmenters")
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = torch.randperm(len(splits.validation.images), generator=generator)[: arguments.images]
     clean = splits.validation.images[chosen]

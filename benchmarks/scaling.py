@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from defense.artifact import load_artifact
 from training.command import cli
+from training.command.errors import UserError
 from training.command.subprocesses import service
 from training.measure.results import align
 
@@ -65,7 +66,7 @@ def _run(arguments: argparse.Namespace, processes: int, urls: list[str], steps: 
     ended = subprocess.run(command, capture_output=True, text=True, env=one_thread, check=False)
     seconds = time.perf_counter() - begun
     if ended.returncode:
-        raise cli.UserError(f"zo_fit ended with code {ended.returncode}: {ended.stderr[-2000:]}")
+        raise UserError(f"zo_fit ended with code {ended.returncode}: {ended.stderr[-2000:]}")
     return load_artifact(out).manifest.queries_spent, seconds
 
 

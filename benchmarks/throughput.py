@@ -22,6 +22,7 @@ from benchmarks.load import Generator
 from benchmarks.peers import PEERS
 from benchmarks.running import add_model_arguments
 from training.command import cli
+from training.command.errors import UserError
 from training.command.subprocesses import service
 from training.measure.results import align
 
@@ -54,7 +55,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             for clients in arguments.clients:
                 seen = await generator.closed(clients, arguments.seconds)
                 if set(seen.statuses) != {200}:
-                    raise cli.UserError(f"{name} answered {dict(seen.statuses)}")
+                    raise UserError(f"{name} answered {dict(seen.statuses)}")
                 rates.setdefault((name, clients), []).append(seen.in_time / arguments.seconds)
         finally:
             await generator.aclose()

@@ -12,12 +12,13 @@ from typing import Literal, Self, TypeVar
 import torch
 import uvicorn
 from fastapi import FastAPI
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.keys import Access, Keys, Rate
 from services.protocol.errors import ServiceError
 from services.protocol.logs import LogFormat, set_up
+from services.settings import read
 from services.tracing import tracing
 
 _GRACE_S = 30
@@ -28,9 +29,6 @@ class ServiceSettings(BaseSettings):
     """Settings that both services have; each is a flag, and an environment variable with the service's prefix."""
 
     model_config = SettingsConfigDict(
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
         env_ignore_empty=True,
         extra="forbid",
         frozen=True,
@@ -117,25 +115,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def read_settings(kind: type[_Settings], argv: Sequence[str] | None) -> _Settings:
-    """Reads settings from flags, then the environment, then defaults.
-
-    Args:
-        kind: the settings class; its `cli_prog_name` names the program.
-        argv: the arguments without the program's name; `sys.argv[1:]` when None.
-
-    Raises:
-        SystemExit: a flag or variable is missing or wrong (code 2, one line each on stderr), or --help was asked for.
-    """
-    try:
-        return CliApp.run(kind, cli_args=list(sys.argv[1:] if argv is None else argv))
-    except ValidationError as error:
-        prefix = kind.model_config.get("env_prefix", "")
-        for one in error.errors():
-            name = str(one["loc"][0]) if one["loc"] else ""  # none: it is about several of them together
-            flag = f"--{name.replace('_', '-')} (or {prefix}{name.upper()}): " if name else ""
-            told = one["msg"].removeprefix("Value error, ")
-            print(f"{kind.model_config.get('cli_prog_name')}: error: {flag}{told}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """`services.settings.read` of a service's settings; its `cli_prog_name` names the program."""
+    return read(kind, argv, prog=str(kind.model_config.get("cli_prog_name")))
 
 
 def prepare(settings: ServiceSettings) -> None:

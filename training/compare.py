@@ -34,7 +34,7 @@ from training import pretrain, zo_fit
 from training.certificates.certification import add_certificate_arguments, certify_images, settle_certificate
 from training.certificates.files import Settings, read_output
 from training.command import cli
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.comparison.fitting import check_flags, learn
 from training.comparison.methods import METHODS, method_list
 from training.comparison.runs import Record, Run, build_front, certificates_path, finished, plan

@@ -23,8 +23,10 @@ from defense.artifact import MANIFEST_FILE, load_artifact
 from defense.files import replace_file
 from training import pretrain
 from training.command import cli
+from training.command.errors import UserError
 from training.command.subprocesses import ProcessFailed, run_verb, service
-from training.data.datasets import PHANTOM, dataset_name, settle
+from training.data.config import PHANTOM, Task
+from training.data.datasets import dataset_name, settle
 from training.fit.checkpoint import Journal
 from training.report import NAME as REPORT_FILE
 from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
@@ -36,7 +38,7 @@ GRID_NAME: Final = "grid.png"
 SAMPLES_NAME: Final = "samples"
 """Below the demo's folder: images for the gateway's page."""
 
-_METHODS: Final[dict[cli.Task, dict[str, str]]] = {
+_METHODS: Final[dict[Task, dict[str, str]]] = {
     # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
     "classification": {"zo-ds": "zo-ds", "zo-ae-ds": "zo-ae-ds-rge20"},
     "segmentation": {"zo-ds": "zo-ds", "local": "local"},
@@ -143,7 +145,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         replace_file(path, f"{now}\n".encode())
     elif (before := path.read_text().strip()) != now:
-        raise cli.UserError(
+        raise UserError(
             f"{out} was made with other settings ({before}, now {now}): "
             "use the same, name another --out, or remove that folder"
         )
@@ -182,7 +184,7 @@ def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Pa
     run_verb("training.zo_fit", ["--victim-url", hospital, *fixed, *budget, "--out", str(out), *resume], log)
 
 
-def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float, task: cli.Task) -> None:
+def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float, task: Task) -> None:
     same_data = shlex.join(data)
     name, *others = reversed(_METHODS[task])
     learned = " and ".join(f"`{one}`" for one in (*others, name))

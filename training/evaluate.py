@@ -37,7 +37,8 @@ from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
 from services.hospital.model import load_victim
 from training.attack.oblivious import Defense, Experiment
-from training.command.cli import UserError, add_device_argument, positive_float, run
+from training.command.cli import add_device_argument, positive_float, run
+from training.command.errors import UserError
 from training.command.team import Team, joined
 from training.comparison.methods import METHODS
 from training.comparison.runs import Run, build_front

@@ -27,6 +27,7 @@ from defense.objectives import denoising_loss
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from services.device import resolve_device
 from training.command import cli
+from training.command.errors import UserError
 from training.command.provenance import settings_of, versions
 from training.data.datasets import Splits, load_data
 from training.fit.noise import with_noise
@@ -100,7 +101,7 @@ def fit(arguments: argparse.Namespace, splits: Splits, out: Path) -> None:
         sanitizer.to(memory_format=torch.channels_last)
         _fit_components(sanitizer, images, generator)
     except ValueError as error:
-        raise cli.UserError(f"{error}; choose a smaller --code, or --autoencoder conv") from error
+        raise UserError(f"{error}; choose a smaller --code, or --autoencoder conv") from error
     autoencoder = sanitizer.autoencoder
     assert autoencoder is not None  # the configuration names one
 

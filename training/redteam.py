@@ -39,7 +39,8 @@ from services.protocol.mapping import load_mapping
 from training.attack.campaign import Campaign
 from training.attack.insider import Insider
 from training.attack.outsider import Outsider
-from training.command.cli import UserError, add_device_argument, non_negative_int, positive_int, run
+from training.command.cli import add_device_argument, non_negative_int, positive_int, run
+from training.command.errors import UserError
 from training.data.datasets import ImageSet, Splits, load_data
 from training.measure.endpoints import (
     Identity,

@@ -18,7 +18,8 @@ from typing import Final
 
 from defense.artifact import MANIFEST_FILE, Manifest, load_artifact
 from defense.files import replace_file
-from training.command.cli import UserError, run
+from training.command.cli import run
+from training.command.errors import UserError
 from training.measure.results import Row, read_rows
 from training.measure.scoring import ACCURACY, DICE, SMALL
 from training.reporting.figures import against_size, certified, image, learning

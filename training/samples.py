@@ -20,7 +20,8 @@ from defense.attacks import craft
 from defense.files import replace_file
 from services.device import resolve_device
 from services.protocol.images import encode_png
-from training.command.cli import UserError, add_data_arguments, add_device_argument, positive_float, positive_int, run
+from training.command.cli import add_data_arguments, add_device_argument, positive_float, positive_int, run
+from training.command.errors import UserError
 from training.data.datasets import load_data
 from training.measure.endpoints import chosen_images
 from training.measure.scoring import main_score

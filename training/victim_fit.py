@@ -37,6 +37,7 @@ from services.hospital.model import FILE_NAME, VictimConfig, build_victim, victi
 from services.hospital.networks import Depth
 from services.protocol.images import encode_png
 from training.command import cli
+from training.command.errors import UserError
 from training.command.provenance import settings_of, versions
 from training.data.datasets import Splits, load_data, settle
 from training.victim.tasks import TASKS, Classification, VictimTask
@@ -133,7 +134,7 @@ def data_fingerprint(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:
-        raise cli.UserError(f"{path} is no report of victim_fit: train the victim again, or remove it") from error
+        raise UserError(f"{path} is no report of victim_fit: train the victim again, or remove it") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,7 +212,7 @@ def _configure(labels: tuple[str, ...], settings: dict[str, Any]) -> VictimConfi
     except ValidationError as error:
         problem = error.errors()[0]
         option = f"--{problem['loc'][0]}: " if problem["loc"] else ""
-        raise cli.UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from error
 
 
 if __name__ == "__main__":

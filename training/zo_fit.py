@@ -29,6 +29,7 @@ from defense.victims import QueryLedger
 from services.protocol.client import HTTPVictim
 from training import pretrain
 from training.command import cli
+from training.command.errors import UserError
 from training.command.provenance import settings_of, versions
 from training.command.team import Team, joined, shared
 from training.data.datasets import Splits, load_data
@@ -109,13 +110,13 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
     out: Path = arguments.out
     refuse_meaningless(arguments, build_parser())
     if arguments.estimator == "exact" and connect is HTTPVictim:
-        raise cli.UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
+        raise UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
     answers = answer_options(arguments)
     with ExitStack() as stack:
         team = stack.enter_context(joined())
         device = team.device(arguments.device)
         if arguments.batch < team.size:
-            raise cli.UserError(f"--batch {arguments.batch} is too small for {team.size} processes: raise it")
+            raise UserError(f"--batch {arguments.batch} is too small for {team.size} processes: raise it")
         splits = load_data(arguments)
         settings = {**settings_of(arguments), "data_fingerprint": splits.fingerprint}
         journal = Journal(out) if team.is_first else None
@@ -227,7 +228,7 @@ def _checkpoint_to_resume(arguments: argparse.Namespace) -> Checkpoint | None:
     sent = Journal.total(arguments.out)
     if not arguments.resume:
         if has_checkpoint or sent:
-            raise cli.UserError(
+            raise UserError(
                 f"{arguments.out} holds a run already: add --resume to continue it, or name another --out to keep it"
             )
         return None
@@ -244,7 +245,7 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
         if name not in MAY_CHANGE and old.get(name) != new.get(name)
     ]
     if changed:
-        raise cli.UserError(f"the run to resume had other settings: {'; '.join(changed)}")
+        raise UserError(f"the run to resume had other settings: {'; '.join(changed)}")
 
 
 def _pretrained(arguments: argparse.Namespace, splits: Splits, team: Team) -> Sanitizer:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from defense.segmentation_smoothing import TAU, certify_mask, mask_radius
 from defense.smoothing import BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
 from training.certificates.files import ClassLine, MaskLine, Settings, open_output
-from training.command.cli import UserError, positive_float, positive_int
+from training.command.cli import positive_float, positive_int
+from training.command.errors import UserError
 from training.command.team import ALONE, Team
 from training.data.datasets import ImageSet
 from training.measure.endpoints import number_list

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 
 
 @dataclass(frozen=True)

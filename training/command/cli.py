@@ -4,17 +4,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from defense.errors import DefenseError
 from services.protocol.errors import ServiceError
-
-Task = Literal["classification", "segmentation"]
-"""What the images are for: a class for each, or a class for each pixel."""
-
-
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend; the message says what was wrong and what to do."""
+from training.command.errors import UserError
+from training.data.config import Task
 
 
 def run(

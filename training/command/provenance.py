@@ -5,11 +5,13 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 
 
-def settings_of(arguments: argparse.Namespace) -> dict[str, JsonValue]:
-    """The command's arguments as JSON values; paths as they were typed."""
+def settings_of(arguments: BaseModel | argparse.Namespace) -> dict[str, JsonValue]:
+    """The command's configuration as JSON values; paths as they were typed."""
+    if isinstance(arguments, BaseModel):
+        return arguments.model_dump(mode="json")
 
     def plain(value: object) -> JsonValue:
         if isinstance(value, str | int | float | bool) or value is None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from services.device import resolve_device
 from services.protocol.errors import ServiceError, Unavailable
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.measure.endpoints import Endpoint
 
 _PATIENCE: Final = timedelta(hours=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from defense.artifact import MANIFEST_FILE, load_artifact
 from training import zo_fit
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.command.provenance import settings_of
 from training.comparison.methods import METHODS
 from training.comparison.runs import Run

@@ -16,7 +16,7 @@ from defense.artifact import Artifact, load_artifact
 from defense.files import replace_file
 from defense.preprocessors import PREPROCESSORS
 from training.certificates.files import read_output
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.comparison.methods import METHODS
 from training.measure.results import NO_DEFENSE
 

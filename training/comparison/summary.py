@@ -10,7 +10,7 @@ from typing import Any
 from defense.files import replace_file
 from defense.smoothing import linf_equivalent
 from training.certificates.certification import furthest, radii_of
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.comparison import plots
 from training.comparison.runs import Group, read_groups
 from training.measure.endpoints import locked

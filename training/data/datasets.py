@@ -22,27 +22,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from training.command.cli import Task, UserError
+from training.command.errors import UserError
+from training.data.config import PHANTOM, DataConfig, Task
 from training.data.duplicates import duplicate_groups, grey
 from training.data.folders import LESION_LABELS, TESTING, Contents, read_classes, read_masks, task_of
 from training.data.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
 from training.data.splitting import DROPPED, TEST, TRAIN, VALIDATION, assign_splits
-
-PHANTOM: Final = "phantom"
-"""What --data says for the procedural sets."""
 
 _CHANNELS: Final[dict[Task, int]] = {"classification": 1, "segmentation": 3}  # where --channels does not say
 _PHANTOM_COUNTS: Final[dict[Task, tuple[int, int, int]]] = {
     "classification": (1600, 200, 400),
     "segmentation": (600, 100, 200),
 }
+
+D = TypeVar("D", bound=DataConfig)
 
 _log = logging.getLogger(__name__)
 
@@ -98,32 +98,39 @@ class Splits:
         return "classification" if self.test.labels.dim() == 1 else "segmentation"
 
 
-def settle(arguments: argparse.Namespace) -> None:
-    """Fills in what --task and --channels leave to the data, so that what is recorded of a command says it.
-
-    Args:
-        arguments: What `training.command.cli.add_data_arguments` parsed; changed in place.
+def settled(config: D) -> D:
+    """The same with --task and --channels, where they are left to the data, so that what is recorded says them.
 
     Raises:
         UserError: The folder is missing, or its layout contradicts --task.
     """
+    task = _task(config.data, config.task)
+    return config.model_copy(update={"task": task, "channels": config.channels or _CHANNELS[task]})
+
+
+def settle(arguments: argparse.Namespace) -> None:
+    """`settled`, in place, of what `training.command.cli.add_data_arguments` parsed."""
     arguments.task = _task(arguments.data, arguments.task)
     arguments.channels = arguments.channels or _CHANNELS[arguments.task]
 
 
-def load_data(arguments: argparse.Namespace) -> Splits:
-    """`load_splits` of what `training.command.cli.add_data_arguments` parsed, after `settle`.
+def load_data(config: DataConfig | argparse.Namespace) -> Splits:
+    """The splits that a configuration names; a process that asks again gets the same ones.
 
-    A process that asks again gets the same ones.
+    Raises:
+        UserError: As `load_splits`.
     """
-    settle(arguments)
+    if isinstance(config, argparse.Namespace):
+        settle(config)
+    else:
+        config = settled(config)
     return _loaded(
-        arguments.data,
-        task=arguments.task,
-        size=arguments.size,
-        channels=arguments.channels,
-        seed=arguments.split_seed,
-        published_test=arguments.published_test,
+        config.data,
+        task=config.task,
+        size=config.size,
+        channels=config.channels,
+        seed=config.split_seed,
+        published_test=config.published_test,
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from services.protocol.errors import ServiceError
 from services.protocol.images import decode_sized
-from training.command.cli import Task, UserError
+from training.command.errors import UserError
+from training.data.config import Task
 from training.data.duplicates import thumbnails
 from training.measure.segmentation import small_lesions
 

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from defense.files import replace_file
-from training.command.cli import UserError
+from training.command.errors import UserError
 
 FILE_NAME: Final = "checkpoint.safetensors"
 JOURNAL_NAME: Final = "queries.journal"

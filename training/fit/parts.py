@@ -38,7 +38,7 @@ from defense.surrogates import Surrogate, SurrogateSettings
 from defense.victims import MeteredVictim, QueryLedger
 from defense.votes import VotingVictim
 from training import pretrain
-from training.command import cli
+from training.command.errors import UserError
 from training.data.datasets import Splits
 from training.fit.options import AUTO
 from training.fit.settings import FitSettings
@@ -72,11 +72,11 @@ def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentP
     }
     for name, (meaningful, where) in applies.items():
         if not meaningful and getattr(arguments, name) != parser.get_default(name):
-            raise cli.UserError(f"--{name.replace('_', '-')} means nothing without {where}: leave it out")
+            raise UserError(f"--{name.replace('_', '-')} means nothing without {where}: leave it out")
     if arguments.guided and arguments.control_variate:
-        raise cli.UserError("--guided measures what --control-variate would predict: leave one of them out")
+        raise UserError("--guided measures what --control-variate would predict: leave one of them out")
     if uses_surrogate(arguments) and arguments.warm_up and arguments.warm_up >= arguments.max_queries:
-        raise cli.UserError(
+        raise UserError(
             f"--warm-up {arguments.warm_up} leaves nothing of --max-queries {arguments.max_queries}: lower it"
         )
 
@@ -135,18 +135,18 @@ def _estimator_of_batch(
             return CoordinateGradientEstimator(mu, difference)
         case "local":
             if sanitizer.autoencoder is not None and len(sanitizer.autoencoder.code_shape) != 3:
-                raise cli.UserError("--estimator local needs a border with cells: --sanitizer denoiser, or a conv code")
+                raise UserError("--estimator local needs a border with cells: --sanitizer denoiser, or a conv code")
             try:
                 return LocalGradientEstimator(arguments.directions, mu, arguments.window)
             except ValueError as error:
-                raise cli.UserError(f"--window: {error}") from error
+                raise UserError(f"--window: {error}") from error
         case "surrogate":
             if 0 < min(arguments.checked, arguments.batch) < arguments.checked:
-                raise cli.UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
+                raise UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
             try:
                 return SurrogateGradient(arguments.checked, mu, asked=arguments.batch)
             except ValueError as error:
-                raise cli.UserError(f"--checked: {error}") from error
+                raise UserError(f"--checked: {error}") from error
         case "exact":
             return ExactGradient()
     where = _directions(arguments, sanitizer, autoencoder)
@@ -156,9 +156,9 @@ def _estimator_of_batch(
     try:
         random = RandomGradientEstimator(arguments.directions, mu, where, difference, combine)
     except ValueError as error:
-        raise cli.UserError(f"{error} (--combine projection)") from error
+        raise UserError(f"{error} (--combine projection)") from error
     if arguments.control_variate and (arguments.batch - 1) * arguments.directions < FEWEST_TERMS:
-        raise cli.UserError("too few slopes to ever trust a control variate: raise --batch or --directions")
+        raise UserError("too few slopes to ever trust a control variate: raise --batch or --directions")
     return ControlVariate(random) if arguments.control_variate else random
 
 
@@ -167,45 +167,43 @@ def _directions(arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder
         _refuse_too_many(arguments, sanitizer.border_dimension)
         return Isotropic(arguments.sampling)
     if sanitizer.autoencoder is not None:
-        raise cli.UserError("--subspace is one of image space: add --sanitizer denoiser")
+        raise UserError("--subspace is one of image space: add --sanitizer denoiser")
     basis: Basis
     match arguments.subspace:
         case "decoder":
             assert autoencoder is not None  # loaded for this
             count = arguments.directions - (1 if arguments.guided else 0)
             if count > autoencoder.code_dimension:
-                raise cli.UserError(
-                    f"the code has {autoencoder.code_dimension} tangents, not {count}: lower --directions"
-                )
+                raise UserError(f"the code has {autoencoder.code_dimension} tangents, not {count}: lower --directions")
             return DecoderTangents(autoencoder)
         case "surrogate":
             rank = arguments.rank
             if rank > arguments.batch:
-                raise cli.UserError(f"--rank {rank} needs the gradients of as many images: raise --batch, or lower it")
+                raise UserError(f"--rank {rank} needs the gradients of as many images: raise --batch, or lower it")
             basis = SurrogateSpan(rank)
         case "components":
             if not isinstance(sanitizer.denoiser, WienerUNetDenoiser):
-                raise cli.UserError("--subspace components takes those of the denoiser wiener-unet: use that one")
+                raise UserError("--subspace components takes those of the denoiser wiener-unet: use that one")
             rows, rank = sanitizer.denoiser.components.basis, arguments.rank
             if rank > len(rows):
-                raise cli.UserError(f"the denoiser has {len(rows)} principal components, not {rank}: lower --rank")
+                raise UserError(f"the denoiser has {len(rows)} principal components, not {rank}: lower --rank")
             basis = FixedSpan(rows[:rank].clone())
         case _:
             side = round((arguments.rank / sanitizer.config.input.channels) ** 0.5)
             try:
                 basis = FixedSpan(low_frequencies(sanitizer.config.input.dimensions, side))
             except ValueError as error:
-                raise cli.UserError(f"{error}: choose another --rank, channels times a square") from error
+                raise UserError(f"{error}: choose another --rank, channels times a square") from error
             rank = len(basis.rows)
             if rank != arguments.rank:
-                raise cli.UserError(f"--rank has to be channels times a square, for instance {rank}")
+                raise UserError(f"--rank has to be channels times a square, for instance {rank}")
     _refuse_too_many(arguments, rank)
     return Subspace(basis, rank, arguments.sampling, arguments.rotated)
 
 
 def _refuse_too_many(arguments: argparse.Namespace, dimension: int) -> None:
     if arguments.sampling == "orthonormal" and arguments.directions > dimension:
-        raise cli.UserError(
+        raise UserError(
             f"--sampling orthonormal has at most {dimension} directions here, not {arguments.directions}: "
             "lower --directions"
         )
@@ -287,12 +285,12 @@ def build_student(
         UserError: The method does not fit what the victim answers.
     """
     if arguments.estimator == "local" and not positions:
-        raise cli.UserError("--estimator local needs a victim that answers masks; this one answers classes: use rge")
+        raise UserError("--estimator local needs a victim that answers masks; this one answers classes: use rge")
     if not uses_surrogate(arguments):
         return None
     shape = sanitizer.config.input.dimensions
     try:
         surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
     except ValueError as error:
-        raise cli.UserError(f"--slope-weight: {error}") from error
+        raise UserError(f"--slope-weight: {error}") from error
     return Student(surrogate, arguments.out, writes=writes)

@@ -17,7 +17,8 @@ from defense.victims import MeteredVictim
 from services.protocol.client import WireName
 from services.protocol.errors import TRANSIENT, ServiceError
 from services.protocol.mapping import Mapping, load_mapping
-from training.command.cli import UserError, non_negative_float, positive_int
+from training.command.cli import non_negative_float, positive_int
+from training.command.errors import UserError
 from training.measure.endpoints import Endpoint
 
 logger = logging.getLogger(__name__)

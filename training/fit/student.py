@@ -13,7 +13,7 @@ from torch import Tensor
 
 from defense.objectives import ScoreKind
 from defense.surrogates import Answers, Surrogate
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.fit.checkpoint import optimizer_tensors, prefixed, restore_optimizer, under
 
 FOLDER_NAME: Final = "surrogate"

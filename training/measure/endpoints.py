@@ -19,7 +19,8 @@ from torch import Tensor
 
 from defense.files import replace_file
 from services.protocol.client import HTTPVictim
-from training.command.cli import UserError, add_data_arguments, positive_int
+from training.command.cli import add_data_arguments, positive_int
+from training.command.errors import UserError
 from training.data.datasets import ImageSet, Splits
 from training.measure.segmentation import small_lesions
 

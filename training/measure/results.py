@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from defense.files import replace_file
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.measure.intervals import bootstrap_interval
 
 NO_DEFENSE = "none"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from defense.files import replace_file
 from services.hospital.model import load_victim
 from training import zo_fit
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.data.datasets import Splits
 from training.measure.endpoints import CHUNK, Endpoint
 from training.victim_fit import data_fingerprint

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.command.cli import Task
 from training.data.augmentation import augment, augment_frames
+from training.data.config import Task
 from training.data.datasets import ImageSet
 from training.measure.segmentation import dice, iou, small_lesions
 

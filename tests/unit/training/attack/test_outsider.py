@@ -8,7 +8,7 @@ from toy_defense import SIDE, Brighter, splits
 from defense.corruptions import CORRUPTIONS
 from services.protocol.errors import Overloaded
 from training.attack.outsider import Outsider
-from training.command.cli import UserError
+from training.command.errors import UserError
 
 
 class Service:

@@ -7,7 +7,7 @@ import torch
 
 from defense.artifact import Provenance, save_artifact
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.comparison.methods import METHODS, method_list
 from training.comparison.runs import Record, Run, build_front, plan, read_groups, read_records
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from services.protocol.images import encode_png
-from training.command.cli import UserError, add_data_arguments
+from training.command.cli import add_data_arguments
+from training.command.errors import UserError
 from training.data.datasets import ImageSet, load_data, load_splits
 from training.data.duplicates import duplicate_groups, thumbnails
 from training.data.phantoms import brain_phantoms

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.data.folders import read_masks, task_of
 
 

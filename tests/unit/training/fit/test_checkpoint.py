@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.fit.checkpoint import (
     FILE_NAME,
     JOURNAL_NAME,

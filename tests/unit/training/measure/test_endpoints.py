@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.measure.endpoints import (
     Defended,
     Identity,

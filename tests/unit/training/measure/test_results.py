@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.measure.intervals import bootstrap_interval
 from training.measure.results import Row, align, format_table, read_rows, replace_rows, score_row, write_rows
 

@@ -9,7 +9,7 @@ from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import FILE_NAME, VictimConfig, build_victim, load_victim, victim_bytes
 from services.protocol.images import encode_png
-from training.command.cli import UserError
+from training.command.errors import UserError
 from training.data.datasets import ImageSet, Splits
 from training.victim.in_process import connecting, in_process, refuse_another_victim
 

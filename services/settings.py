@@ -1,0 +1,144 @@
+"""One way to make a command line: the fields of a pydantic model are its flags, their descriptions its help.
+
+`Config` is the base of what decides a command; `read` fills such a model from flags, and a `BaseSettings` from flags
+and then from its environment variables.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class Config(BaseModel):
+    """Base of the models that decide what a command does. Reads flags, and no environment variable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def _split(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+class _Replaced:
+    """Marks a list of which the last flag counts, not all of them together."""
+
+
+Commas = Annotated[tuple[T, ...], NoDecode, _Replaced, BeforeValidator(_split), AfterValidator(_distinct)]
+"""A list typed with commas, each item once; of a flag that is typed again, the last one counts."""
+
+Repeated = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
+"""A list made by repeating the flag, or typed with commas."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A number of at least 0 and below 1."""
+
+
+def read(kind: type[M], argv: Sequence[str] | None, *, prog: str) -> M:
+    """Reads a model from flags; a `BaseSettings` also from the environment, which flags override.
+
+    Booleans are switches, names are in kebab case, and a positional argument is a pydantic-settings `CliPositionalArg`.
+
+    Args:
+        kind: The model; the first paragraph of its docstring says what the command does.
+        argv: The arguments without the program's name; `sys.argv[1:]` when None.
+        prog: The program's name.
+
+    Raises:
+        SystemExit: A flag or variable is missing or wrong (code 2, one line each on stderr), or --help was asked for.
+    """
+    has_environment = issubclass(kind, BaseSettings)
+    about = " ".join((kind.__doc__ or "").strip().partition("\n\n")[0].split())
+    parser = argparse.ArgumentParser(prog=prog, description=about, allow_abbrev=False)
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        cast("type[BaseSettings]", kind),
+        root_parser=parser,
+        add_argument_method=_Flags(kind).add,
+        cli_kebab_case=True,
+        cli_implicit_flags=True if has_environment else "toggle",  # a variable that says yes can be taken back
+        cli_hide_none_type=True,
+        cli_enforce_required=not has_environment,
+    )
+    try:
+        return kind(**source(args=list(sys.argv[1:] if argv is None else argv))())
+    except ValidationError as error:
+        prefix = kind.model_config.get("env_prefix")
+        for line in explained(error, prefix):
+            print(f"{prog}: error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def explained(error: ValidationError, env_prefix: object = None) -> list[str]:
+    """What is wrong with a model, in a line for each flag.
+
+    Args:
+        error: Of the model's validation.
+        env_prefix: Of the flags' environment variables; None: they have none.
+    """
+    told: dict[str, list[str]] = {}
+    for one in error.errors():
+        name = str(one["loc"][0]) if one["loc"] else ""  # none: it is about several of them together
+        variable = f" (or {env_prefix}{name.upper()})" if env_prefix is not None else ""
+        where = f"--{name.replace('_', '-')}{variable}: " if name else ""
+        message = one["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        told.setdefault(where, []).append("is required" if one["type"] == "missing" else message)
+    return [f"{where}{message}" for where, messages in told.items() for message in _joined(where, messages)]
+
+
+def _joined(where: str, messages: Sequence[str]) -> Iterable[str]:
+    """Of a flag with several types each says what is wrong; that is one line."""
+    return [", or ".join(dict.fromkeys(messages))] if where else messages
+
+
+class _Flags:
+    """Adds a model's fields to an argparse parser, with help for people, grouped by the class that declares them."""
+
+    def __init__(self, kind: type[BaseModel]) -> None:
+        self._kind = kind
+        self._groups: dict[type[BaseModel], argparse._ArgumentGroup] = {}
+
+    def add(self, parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+        """As `argparse.ArgumentParser.add_argument`."""
+        name = options.get("dest", names[0])
+        field = self._kind.model_fields.get(name)
+        if field is None:
+            return parser.add_argument(*names, **options)
+        if _Replaced in field.metadata:
+            options.pop("action", None)
+        if not options.get("metavar", "{").startswith("{"):  # a type's name
+            options.pop("metavar")
+        options["help"] = _help(field).replace("%", "%%")
+        flags = (f"-{one}" if re.fullmatch("-[a-z]", one) else one for one in names)  # --n, and not -n
+        return self._group(parser, name).add_argument(*flags, **options)
+
+    def _group(self, parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser | argparse._ArgumentGroup:
+        """The group of the mixin that declares the field; what the model itself declares is in none."""
+        bases = self._kind.__mro__[1:]
+        owner = next((base for base in reversed(bases) if name in getattr(base, "model_fields", ())), None)
+        title = "" if owner is None else (owner.__doc__ or "").partition("\n")[0].rstrip(".")
+        if owner is None or not title:
+            return parser
+        if owner not in self._groups:
+            self._groups[owner] = parser.add_argument_group(title)
+        return self._groups[owner]
+
+
+def _help(field: FieldInfo) -> str:
+    """What the field says of itself, and its default, unless that is none or a switch."""
+    about, default = field.description or "", field.default
+    if isinstance(default, bool) or default in (None, ()) or field.is_required():
+        return about
+    parts = default if isinstance(default, tuple) else (default,)
+    return f"{about} (default {','.join(f'{one:g}' if isinstance(one, float) else str(one) for one in parts)})"
