@@ -35,8 +35,8 @@ from defense.smoothing import ABSTAIN
 from services.hospital.model import load_victim
 from training.command import cli
 from training.data.datasets import load_data
-from training.measure.endpoints import chosen_images
 from training.measure.results import align
+from training.measure.selection import chosen_images
 
 _INSIDE: Final = 0.999  # of the radius: float32 rounds distances too
 _LEAST: Final = 1e-12  # keeps the logarithm finite

@@ -41,8 +41,8 @@ from services.gateway.fingerprints import History, digests, fingerprints
 from services.protocol import oip
 from training.command import cli
 from training.data.datasets import load_data
-from training.measure.endpoints import chosen_images
 from training.measure.results import align
+from training.measure.selection import chosen_images
 
 _NEAR: Final = (10, 15, 25, 50, 100)
 _RADII: Final = (0.02, 0.04, 0.06)

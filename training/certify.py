@@ -31,15 +31,9 @@ from training.certificates.files import ClassLine, MaskLine, Settings
 from training.command.cli import positive_int, run
 from training.command.team import joined
 from training.data.datasets import load_data
-from training.measure.endpoints import (
-    Connect,
-    add_measuring_arguments,
-    chosen_images,
-    connect,
-    defense_name,
-    identify,
-)
+from training.measure.endpoints import Connect, add_measuring_arguments, connect, defense_name, identify
 from training.measure.results import Row, align, score_row, write_rows
+from training.measure.selection import chosen_images
 
 
 def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:

@@ -35,6 +35,7 @@ from training.certificates.certification import add_certificate_arguments, certi
 from training.certificates.files import Settings, read_output
 from training.command import cli
 from training.command.errors import UserError
+from training.comparison.claims import claim, locked
 from training.comparison.fitting import check_flags, learn
 from training.comparison.methods import METHODS, method_list
 from training.comparison.runs import Record, Run, build_front, certificates_path, finished, plan
@@ -42,17 +43,10 @@ from training.comparison.summary import CLAIM, summarize
 from training.data.datasets import ImageSet, Splits, load_data
 from training.fit.checkpoint import Journal
 from training.fit.probe import add_answer_arguments, answer_options
-from training.measure.endpoints import (
-    PATIENCE_S,
-    Defended,
-    Endpoint,
-    chosen_images,
-    claim,
-    identify,
-    locked,
-)
+from training.measure.endpoints import PATIENCE_S, Defended, Endpoint, identify
 from training.measure.results import NO_DEFENSE
 from training.measure.scoring import main_score
+from training.measure.selection import chosen_images
 from training.victim.in_process import connecting, in_process, refuse_another_victim
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from training.data.config import PHANTOM, Task
 from training.data.datasets import dataset_name, settle
 from training.fit.checkpoint import Journal
 from training.report import NAME as REPORT_FILE
-from training.victim_fit import EXAMPLE_NAME, REPORT_NAME
+from training.victim.files import EXAMPLE_NAME, REPORT_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -49,7 +49,6 @@ from training.measure.endpoints import (
     Defended,
     Endpoint,
     add_measuring_arguments,
-    chosen_images,
     connect,
     defense_name,
     identify,
@@ -57,8 +56,9 @@ from training.measure.endpoints import (
 )
 from training.measure.results import NO_DEFENSE, format_table, write_rows
 from training.measure.scoring import SMALL, TITLES, main_metric
+from training.measure.selection import chosen_images
+from training.victim.files import data_fingerprint
 from training.victim.in_process import in_process
-from training.victim_fit import data_fingerprint
 
 CLEAR_MARGIN = 0.05
 """Lead of the first over the second probability from which on weights and URL must agree on the class."""

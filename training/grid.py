@@ -32,8 +32,8 @@ from services.device import resolve_device
 from training.command.cli import add_data_arguments, add_device_argument, positive_float, positive_int, run
 from training.command.errors import UserError
 from training.data.datasets import Splits, load_data
-from training.measure.endpoints import chosen_images
 from training.measure.segmentation import dice
+from training.measure.selection import chosen_images
 from training.victim.in_process import in_process
 
 _AMPLIFIED: Final = 0.5  # what the largest change is drawn as, either side of grey

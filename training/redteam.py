@@ -42,16 +42,10 @@ from training.attack.outsider import Outsider
 from training.command.cli import add_device_argument, non_negative_int, positive_int, run
 from training.command.errors import UserError
 from training.data.datasets import ImageSet, Splits, load_data
-from training.measure.endpoints import (
-    Identity,
-    add_measuring_arguments,
-    chosen_images,
-    defense_name,
-    identify,
-    number_list,
-)
+from training.measure.endpoints import Identity, add_measuring_arguments, defense_name, identify, number_list
 from training.measure.results import NO_DEFENSE, measured_row
 from training.measure.scoring import main_metric
+from training.measure.selection import chosen_images
 from training.victim.in_process import in_process
 
 _PATIENCE_S: Final = 10.0

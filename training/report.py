@@ -24,7 +24,7 @@ from training.measure.results import Row, read_rows
 from training.measure.scoring import ACCURACY, DICE, SMALL
 from training.reporting.figures import against_size, certified, image, learning
 from training.reporting.tables import MISSING, attacks, corruptions, ladder, ledger, smallest
-from training.victim_fit import REPORT_NAME
+from training.victim.files import REPORT_NAME
 
 NAME: Final = "report.html"
 

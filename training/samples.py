@@ -23,8 +23,8 @@ from services.protocol.images import encode_png
 from training.command.cli import add_data_arguments, add_device_argument, positive_float, positive_int, run
 from training.command.errors import UserError
 from training.data.datasets import load_data
-from training.measure.endpoints import chosen_images
 from training.measure.scoring import main_score
+from training.measure.selection import chosen_images
 from training.victim.in_process import in_process
 
 _TRIED: Final = 64

@@ -16,125 +16,28 @@ over images, `median_dice`, and in `small_lesions` these and `count` for lesions
 """
 
 import argparse
-import copy
 import json
-import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from defense.files import replace_file
 from services.device import resolve_device
-from services.hospital.model import FILE_NAME, VictimConfig, build_victim, victim_bytes
+from services.hospital.model import VictimConfig, build_victim
 from services.hospital.networks import Depth
 from services.protocol.images import encode_png
 from training.command import cli
 from training.command.errors import UserError
 from training.command.provenance import settings_of, versions
-from training.data.datasets import Splits, load_data, settle
-from training.victim.tasks import TASKS, Classification, VictimTask
-
-REPORT_NAME: Final = "report.json"
-EXAMPLE_NAME: Final = "example.png"
-
-_LEARNING_RATE: Final = 4e-3
-_WEIGHT_DECAY: Final = 0.02
-_AVERAGING: Final = 0.99  # share of the averaged weights that a step keeps
-
-_log = logging.getLogger(__name__)
-
-
-def fit(model: nn.Module, task: VictimTask, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
-    """Trains the model in place and leaves it as it was at its best epoch.
-
-    AdamW with a one-cycle learning rate. What is validated and kept is the exponential average of the weights over the
-    last hundred steps or so: the weights themselves swing by many per cent from one epoch to the next. The best epoch
-    is that of the highest validation score, of several the one with the lowest validation loss.
-
-    Args:
-        model: On `device`.
-        task: What it is trained for.
-        splits: The test part is not looked at.
-        epochs: Passes over the training images.
-        seed: Order of the images and augmentation.
-        device: Where to train.
-
-    Returns:
-        The best epoch, from 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    images, labels = splits.train.images.to(device), splits.train.labels.to(device)
-    steps = math.ceil(len(images) / task.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=epochs * steps, pct_start=0.2)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGING), use_buffers=True)
-    best_rank, best_epoch, best_state = (-1.0, 0.0), 0, model.state_dict()
-    for epoch in range(1, epochs + 1):
-        model.train()
-        total = 0.0
-        # Equal chunks: a last batch of one image would break the batch normalisation.
-        for chosen in torch.randperm(len(images), generator=generator).tensor_split(steps):
-            chosen = chosen.to(device)
-            varied, targets = task.augment(images[chosen], labels[chosen], generator)
-            loss = task.loss(model(varied), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            averaged.update_parameters(model)
-            total += loss.item() * len(chosen)
-        validation = task.score(averaged.module, splits.validation, device)
-        if validation.rank > best_rank:
-            best_rank, best_epoch, best_state = validation.rank, epoch, copy.deepcopy(averaged.module.state_dict())
-        _log.info(
-            "epoch %d/%d: training loss %.3f, validation %s%s",
-            epoch,
-            epochs,
-            total / len(images),
-            validation,
-            " (best)" if best_epoch == epoch else "",
-        )
-    model.load_state_dict(best_state)
-    return best_epoch
-
-
-def save_victim(folder: Path, model: nn.Module, config: VictimConfig) -> Path:
-    """Writes the victim's file whole, making the folder where needed.
-
-    Args:
-        folder: The victim's folder.
-        model: What `build_victim(config)` built, trained.
-        config: Its configuration.
-
-    Returns:
-        The path of the file.
-    """
-    path = folder / FILE_NAME
-    replace_file(path, victim_bytes(model, config))
-    return path
-
-
-def data_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the splits on which the victim in `folder` was trained; None where it has no report.
-
-    Raises:
-        UserError: There is a report, and it is none of this command's.
-    """
-    path = folder / REPORT_NAME
-    try:
-        return str(json.loads(path.read_bytes())["fingerprint"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is no report of victim_fit: train the victim again, or remove it") from error
+from training.data.datasets import load_data, settle
+from training.victim.files import EXAMPLE_NAME, REPORT_NAME, save_victim
+from training.victim.fitting import fit
+from training.victim.tasks import TASKS, Classification
 
 
 def main(argv: Sequence[str] | None = None) -> int:

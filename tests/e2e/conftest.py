@@ -11,7 +11,7 @@ from zo_fit_runs import SIZE
 from defense.sanitizer import Sanitizer
 from services.hospital.model import build_victim
 from training import pretrain
-from training.victim_fit import save_victim
+from training.victim.files import save_victim
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from zo_fit_runs import serving_hospital
 from services.hospital.model import VictimConfig, build_victim
 from services.keys import make_key
 from services.protocol.images import encode_png
-from training.victim_fit import save_victim
+from training.victim.files import save_victim
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

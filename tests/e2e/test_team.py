@@ -16,7 +16,7 @@ from defense.artifact import load_artifact
 from services.hospital.model import VictimConfig, build_victim
 from training.data.phantoms import BRAIN_LABELS
 from training.fit.checkpoint import Journal
-from training.victim_fit import save_victim
+from training.victim.files import save_victim
 
 START = Callable[..., subprocess.Popen[str]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -20,7 +20,7 @@ from defense.artifact import load_artifact
 from services.hospital.model import VictimConfig, build_victim
 from training.data.phantoms import BRAIN_LABELS
 from training.fit.checkpoint import Journal
-from training.victim_fit import save_victim
+from training.victim.files import save_victim
 
 KILLS = 3 * int(os.environ.get("CHAOS_ROUNDS", "1"))
 

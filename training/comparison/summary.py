@@ -12,8 +12,8 @@ from defense.smoothing import linf_equivalent
 from training.certificates.certification import furthest, radii_of
 from training.command.errors import UserError
 from training.comparison import plots
+from training.comparison.claims import locked
 from training.comparison.runs import Group, read_groups
-from training.measure.endpoints import locked
 from training.measure.intervals import nested_interval
 from training.measure.results import Row, replace_rows, score_row
 from training.measure.scoring import ACCURACY, DICE, TITLES

@@ -19,7 +19,7 @@ from services.protocol.images import decode_sized
 from training.command.errors import UserError
 from training.data.config import Task
 from training.data.duplicates import thumbnails
-from training.measure.segmentation import small_lesions
+from training.data.lesions import small_lesions
 
 TESTING: Final = "Testing"
 """The folder of a published test set."""

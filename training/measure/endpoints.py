@@ -1,28 +1,20 @@
-"""What the measuring verbs share: which images they look at, and what they know of a URL."""
+"""What is measured: clients of a service, what stands before it in this process, and what it says it is."""
 
 import argparse
-import fcntl
-import json
 import math
-import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic import JsonValue
 from torch import Tensor
 
-from defense.files import replace_file
 from services.protocol.client import HTTPVictim
 from training.command.cli import add_data_arguments, positive_int
 from training.command.errors import UserError
-from training.data.datasets import ImageSet, Splits
-from training.measure.segmentation import small_lesions
 
 PATIENCE_S = 60.0
 """How long a measurement waits for a service that has gone away, in seconds."""
@@ -126,87 +118,6 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=positive_int, help="use at most LIMIT images, stratified by class or lesion size (default all)"
     )
     parser.add_argument("--results", type=Path, default=Path("artifacts/results.json"), help="rows are added here")
-
-
-def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> tuple[list[int], ImageSet]:
-    """The images that --split and --limit name.
-
-    Returns:
-        Their indices in the split, in `stratified_order`, and the images in that order.
-
-    Raises:
-        UserError: There are none.
-    """
-    pool = splits.validation if split == "validation" else splits.test
-    if len(pool) == 0:
-        raise UserError(f"the {split} split of {splits.name} has no images: choose another --split or --data")
-    indices = stratified_order(pool.labels if pool.labels.ndim == 1 else small_lesions(pool.labels).long(), limit, seed)
-    return indices, pool.subset(indices)
-
-
-def stratified_order(labels: Tensor, limit: int | None, seed: int) -> list[int]:
-    """A deterministic order of images of which every beginning has about the classes' proportions.
-
-    A smaller limit gives a beginning of what a larger one gives, so that work on few images can be continued.
-
-    Args:
-        labels: (N,) int64.
-        limit: At most so many indices; all N when None.
-        seed: Seed of the order within each class.
-
-    Returns:
-        Distinct indices into `labels`.
-    """
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels.tolist()):
-        members[label].append(index)
-    placed = []
-    for label, indices in members.items():
-        random.Random(f"{seed}:{label}").shuffle(indices)
-        placed += [((rank + 0.5) / len(indices), label, index) for rank, index in enumerate(indices)]
-    return [index for *_, index in sorted(placed)[:limit]]
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock that other processes respect, and that ends with this one, however it ends.
-
-    Args:
-        path: The lock's file; made, and left behind.
-        wait: Whether to wait for it.
-
-    Yields:
-        Whether it is held; always, with `wait`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def claim(path: Path, settings: dict[str, JsonValue]) -> None:
-    """Notes in a file with which settings the results beside it are made, and refuses to mix them with others.
-
-    Settings that are None now, or were, are not compared. "images" may grow: what is there is continued.
-
-    Raises:
-        UserError: The results beside it were made with other settings; they are left as they are.
-    """
-    with locked(path.with_name(f".{path.name}.lock"), wait=True):
-        old = json.loads(path.read_bytes()) if path.exists() else {}
-        merged = {**old, **{name: value for name, value in settings.items() if value is not None}}
-        changes = [
-            f"{name} was {old[name]}, is {value}"
-            for name, value in merged.items()
-            if old.get(name, value) != value and not (name == "images" and value > old[name])
-        ]
-        if changes:
-            raise UserError(f"{path.parent} was made otherwise ({'; '.join(changes)}): use the same, or another --out")
-        replace_file(path, (json.dumps(merged, indent=1) + "\n").encode())
 
 
 def defense_name(text: str) -> str:

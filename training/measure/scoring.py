@@ -5,7 +5,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from training.measure.segmentation import dice, iou, small_lesions
+from training.data.lesions import small_lesions
+from training.measure.segmentation import dice, iou
 
 ACCURACY: Final = "accuracy"
 DICE: Final = "dice"

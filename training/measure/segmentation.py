@@ -3,12 +3,7 @@
 Foreground is every class but 0. All functions take masks of class numbers, (N,H,W) int64, as answers and as truth.
 """
 
-from typing import Final
-
 from torch import Tensor
-
-SMALL_LESION: Final = 0.05
-"""Share of the image below which a lesion is small. Dice forgives small ones least, so they are reported apart."""
 
 
 def dice(answers: Tensor, masks: Tensor) -> Tensor:
@@ -39,19 +34,6 @@ def iou(answers: Tensor, masks: Tensor) -> Tensor:
     from monai.metrics import compute_iou
 
     return compute_iou(_foreground(answers), _foreground(masks), ignore_empty=False).squeeze(1)
-
-
-def small_lesions(masks: Tensor) -> Tensor:
-    """Tells in which images there is a lesion, but a small one.
-
-    Args:
-        masks: (N,H,W) int64 true classes.
-
-    Returns:
-        (N,) bool: the foreground covers less than `SMALL_LESION` of the image, and something.
-    """
-    share = _foreground(masks).mean((1, 2, 3))
-    return (share > 0) & (share < SMALL_LESION)
 
 
 def _foreground(masks: Tensor) -> Tensor:

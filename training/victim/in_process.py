@@ -6,8 +6,8 @@ weights uses it: comparisons on one machine, and the white-box upper bounds.
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from defense.files import replace_file
 from services.hospital.model import load_victim
-from training import zo_fit
 from training.command.errors import UserError
 from training.data.datasets import Splits
 from training.measure.endpoints import CHUNK, Endpoint
-from training.victim_fit import data_fingerprint
+from training.victim.files import data_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +112,6 @@ def refuse_another_victim(path: Path, endpoint: Endpoint, images: Tensor) -> Non
         raise UserError(f"the runs in {path.parent} are of another victim: use that one, or another --out")
 
 
-def connecting(endpoint: Endpoint) -> zo_fit.Connect:
+def connecting(endpoint: Endpoint) -> Callable[..., AbstractContextManager[Endpoint]]:
     """A victim that is there already, for `zo_fit`, which would make a client of its URLs."""
     return lambda *_, **__: nullcontext(endpoint)

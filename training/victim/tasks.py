@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from training.data.augmentation import augment, augment_frames
 from training.data.config import Task
 from training.data.datasets import ImageSet
-from training.measure.segmentation import dice, iou, small_lesions
+from training.data.lesions import small_lesions
+from training.measure.segmentation import dice, iou
 
 _SCORING_BATCH: Final = 256
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from services.hospital.model import FORMAT, VictimConfig, VictimFileError, build_victim, load_victim
 from services.protocol.errors import ServiceError
-from training.victim_fit import save_victim
+from training.victim.files import save_victim
 
 LABELS = ("a", "b", "c")
 

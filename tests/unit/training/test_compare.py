@@ -12,9 +12,9 @@ from services.protocol.errors import UpstreamUnreachable
 from training import compare, zo_fit
 from training.comparison import fitting as learning
 from training.comparison import methods, plots, runs
+from training.comparison.claims import locked
 from training.comparison.methods import Method
 from training.data.datasets import ImageSet, Splits
-from training.measure.endpoints import locked
 from training.measure.results import read_rows
 
 URL = ["--victim-url", "http://victim"]

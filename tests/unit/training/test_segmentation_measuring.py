@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from training import certify, evaluate
 from training.certificates.files import MaskLine, read_output
 from training.data.datasets import ImageSet, Splits
-from training.measure.endpoints import stratified_order
 from training.measure.results import Row, read_rows
 from training.measure.scoring import scores, worst_case
+from training.measure.selection import stratified_order
 
 LABELS = ("background", "polyp")
 SIDE = 8

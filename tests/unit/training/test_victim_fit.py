@@ -13,6 +13,7 @@ from training.data.datasets import ImageSet, Splits
 from training.data.folders import LESION_LABELS
 from training.data.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
 from training.measure.segmentation import dice, iou
+from training.victim.fitting import fit
 from training.victim.tasks import Classification, ClassificationScore, Segmentation
 
 
@@ -91,7 +92,7 @@ def test_a_segmenter_learns(frames: Splits, monkeypatch: pytest.MonkeyPatch) -> 
     config = VictimConfig(task="segmentation", labels=LESION_LABELS, size=(32, 32), width=0.125)
     model, task, cpu = build_victim(config), Segmentation(LESION_LABELS), torch.device("cpu")
     assert task.score(model, part, cpu).dice.mean() < 0.5
-    victim_fit.fit(model, task, easy, epochs=12, seed=0, device=cpu)
+    fit(model, task, easy, epochs=12, seed=0, device=cpu)
     assert task.score(model, part, cpu).dice.mean() > 0.7
 
 
@@ -139,6 +140,6 @@ def test_the_best_epoch_is_kept(splits: Splits, monkeypatch: pytest.MonkeyPatch)
 
     task = Classification(splits.labels)
     monkeypatch.setattr(task, "score", fake_score)
-    best = victim_fit.fit(model, task, splits, epochs=4, seed=0, device=torch.device("cpu"))
+    best = fit(model, task, splits, epochs=4, seed=0, device=torch.device("cpu"))
     assert best == 3
     assert all(torch.equal(value, seen[2][name]) for name, value in model.state_dict().items())

@@ -12,8 +12,8 @@ from training.command.cli import add_data_arguments
 from training.command.errors import UserError
 from training.data.datasets import ImageSet, load_data, load_splits
 from training.data.duplicates import duplicate_groups, thumbnails
+from training.data.lesions import small_lesions
 from training.data.phantoms import brain_phantoms
-from training.measure.segmentation import small_lesions
 
 
 def write_image(path: Path, seed: int, gain: float = 1.0) -> None:

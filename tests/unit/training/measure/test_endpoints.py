@@ -1,23 +1,11 @@
 import argparse
-import json
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from training.command.errors import UserError
-from training.measure.endpoints import (
-    Defended,
-    Identity,
-    claim,
-    defense_name,
-    identify,
-    locked,
-    number_list,
-    stratified_order,
-)
+from training.measure.endpoints import Defended, Identity, defense_name, identify, number_list
 
 IMAGE = torch.zeros(1, 4, 4)
 
@@ -59,23 +47,6 @@ def test_endpoint_that_does_not_fit_is_a_user_error(endpoint: Answering, message
         identify(endpoint, "http://x", IMAGE, ("a", "b"))
 
 
-def test_order_keeps_the_classes_proportions_in_every_beginning() -> None:
-    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    for limit in (10, 20, 50, 100):
-        counts = Counter(labels[stratified_order(labels, limit, seed=3)].tolist())
-        for label, share in ((0, 0.6), (1, 0.3), (2, 0.1)):
-            assert abs(counts[label] - share * limit) <= 1
-
-
-def test_order_is_deterministic_and_a_smaller_limit_is_its_beginning() -> None:
-    labels = torch.arange(40) % 4
-    whole = stratified_order(labels, None, seed=1)
-    assert sorted(whole) == list(range(40))
-    assert stratified_order(labels, 7, seed=1) == whole[:7]
-    assert stratified_order(labels, 400, seed=1) == whole
-    assert stratified_order(labels, None, seed=2) != whole
-
-
 @pytest.mark.parametrize("text", ["", "a/b", "../x", "a b", ".hidden"])
 def test_defense_names_are_safe_file_names(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
@@ -105,23 +76,3 @@ def test_an_endpoint_behind_a_front_sees_what_the_front_makes() -> None:
     assert torch.equal(defended(images), (images + 1).flatten(1)[:, :2])
     assert torch.equal(torch.cat(seen), images + 1)
     assert not defended(images).requires_grad
-
-
-def test_a_lock_is_for_one_at_a_time_and_ends_with_its_block(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "lock"
-    with locked(path, wait=False) as first, locked(path, wait=False) as second:
-        assert (first, second) == (True, False)
-    with locked(path, wait=True) as again:
-        assert again
-
-
-def test_a_claim_keeps_settings_apart_and_lets_only_the_images_grow(tmp_path: Path) -> None:
-    path = tmp_path / "claim.json"
-    claim(path, {"n": 10, "images": 5, "id": None})
-    claim(path, {"n": 10, "images": 8, "id": "a"})
-    claim(path, {"n": 10, "images": 8, "id": None})
-    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}
-    for settings in ({"n": 9}, {"images": 5}, {"id": "b"}):
-        with pytest.raises(UserError, match="use the same, or another --out"):
-            claim(path, settings)
-    assert json.loads(path.read_bytes()) == {"n": 10, "images": 8, "id": "a"}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.measure.segmentation import dice, iou, small_lesions
+from training.measure.segmentation import dice, iou
 
 
 def masks(*counts: int, value: int = 1) -> torch.Tensor:
@@ -25,7 +25,3 @@ def test_nothing_found_where_nothing_is_is_right() -> None:
 
 def test_every_class_but_the_first_is_foreground() -> None:
     assert dice(masks(10, value=2), masks(30)).tolist() == pytest.approx([0.5])
-
-
-def test_small_lesions_cover_less_than_a_twentieth_and_something() -> None:
-    assert small_lesions(masks(0, 1, 4, 5, 50)).tolist() == [False, True, True, False, False]

@@ -1,0 +1,49 @@
+"""Which images of a split are measured."""
+
+import random
+from collections import defaultdict
+
+from torch import Tensor
+
+from training.command.errors import UserError
+from training.data.datasets import ImageSet, Splits
+from training.data.lesions import small_lesions
+
+
+def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> tuple[list[int], ImageSet]:
+    """The images that --split and --limit name.
+
+    Returns:
+        Their indices in the split, in `stratified_order`, and the images in that order.
+
+    Raises:
+        UserError: There are none.
+    """
+    pool = splits.validation if split == "validation" else splits.test
+    if len(pool) == 0:
+        raise UserError(f"the {split} split of {splits.name} has no images: choose another --split or --data")
+    indices = stratified_order(pool.labels if pool.labels.ndim == 1 else small_lesions(pool.labels).long(), limit, seed)
+    return indices, pool.subset(indices)
+
+
+def stratified_order(labels: Tensor, limit: int | None, seed: int) -> list[int]:
+    """A deterministic order of images of which every beginning has about the classes' proportions.
+
+    A smaller limit gives a beginning of what a larger one gives, so that work on few images can be continued.
+
+    Args:
+        labels: (N,) int64.
+        limit: At most so many indices; all N when None.
+        seed: Seed of the order within each class.
+
+    Returns:
+        Distinct indices into `labels`.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels.tolist()):
+        members[label].append(index)
+    placed = []
+    for label, indices in members.items():
+        random.Random(f"{seed}:{label}").shuffle(indices)
+        placed += [((rank + 0.5) / len(indices), label, index) for rank, index in enumerate(indices)]
+    return [index for *_, index in sorted(placed)[:limit]]
