@@ -13,6 +13,7 @@ from training.data.datasets import ImageSet, Splits
 from training.data.folders import LESION_LABELS
 from training.data.phantoms import BRAIN_LABELS, brain_phantoms, polyp_phantoms
 from training.measure.segmentation import dice, iou
+from training.victim import fitting
 from training.victim.fitting import fit
 from training.victim.tasks import Classification, ClassificationScore, Segmentation
 
@@ -85,7 +86,7 @@ def test_command_writes_a_segmenter_and_its_report(
 
 
 def test_a_segmenter_learns(frames: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(victim_fit, "_AVERAGING", 0.5)  # the steps are few
+    monkeypatch.setattr(fitting, "_AVERAGING", 0.5)  # the steps are few
     torch.manual_seed(0)
     part = replace(frames.train, images=0.2 + 0.6 * frames.train.labels.unsqueeze(1))  # whose lesions are easily seen
     easy = replace(frames, train=part, validation=part)
