@@ -5,7 +5,7 @@
 
 Hospital and gateway run as processes; the gateway reports, so that attacks go on to their end. Each attacked image has
 a client key of its own. Square (Andriushchenko et al., ECCV 2020; pyautoattack's) reads the scores, HopSkipJump (Chen
-et al., S&P 2020; foolbox's) the decisions alone, from an image that is answered otherwise. Of a masked image the score
+et al., S&P 2020) the decisions alone, from an image that is answered otherwise. Of a masked image the score
 is the Dice with the mask of the clean image, and it counts as lost below one half.
 
 Ordinary traffic is every image of the split from one key, in random order, some of them followed by what clients send

@@ -1,8 +1,8 @@
-"""Gradient attacks of one signature, as thin adapters over foolbox.
+"""Gradient attacks of one signature.
 
-`craft("pgd", model, images, labels, epsilon)` returns images of the same shape, inside the bounds [0,1]. All attacks
-are untargeted and maximise (or, for DDN, use) a loss of the model's logits against the given labels: of a classifier
-the cross-entropy, of a segmenter the mean cross-entropy of the pixels plus the soft Dice loss.
+`craft("pgd", model, images, labels, epsilon)` returns images of the same shape, in [0,1]. All attacks are untargeted
+and raise a loss of the model's logits against the given labels: of a classifier the cross-entropy, of a segmenter the
+mean cross-entropy of the pixels plus the soft Dice loss.
 
 | name     | norm  | steps | step / epsilon | start  | source                                      |
 |----------|-------|-------|----------------|--------|---------------------------------------------|
@@ -12,39 +12,26 @@ the cross-entropy, of a segmenter the mean cross-entropy of the pixels plus the 
 | `segpgd` | L-inf | 40    | 2.5 / steps    | random | Gu et al., ECCV 2022: segmenters only       |
 | `ddn`    | L2    | 100   | decoupled      | image  | Rony et al., CVPR 2019: minimum norm        |
 
-To foolbox a segmenter is shown as a classifier of whole images: the mask holds, or it is lost. Its logits are such that
-their gradient has the direction of the loss's, so that all of these attacks take the steps that they are defined by,
-and such that the class tells whether the Dice of the answer is below `LOST`, which is what DDN looks for.
-
-DDN is minimum-norm: it takes no epsilon (None) and returns the closest adversarial image it saw. foolbox's DDN does not
-round the images to 256 levels (adv-lib's does so by default), so its norms are the smaller, unquantised ones.
+DDN takes no epsilon (None) and returns the closest image it saw whose answer is wrong: another class, or a mask whose
+Dice is below `LOST`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense.foolbox_parts import (
-    Bounds,
-    DDNAttack,
-    L2ProjectedGradientDescentAttack,
-    LinfFastGradientAttack,
-    LinfProjectedGradientDescentAttack,
-    PyTorchModel,
-)
+from defense.gradient_attacks import Norm, Objective, ddn, fgsm, pgd
 from defense.objectives import agreement, stability_loss
 
-BOUNDS = Bounds(0.0, 1.0)
-
-LOST = 0.5
+LOST: Final = 0.5
 """Dice with the right mask below which an answer counts as lost: less is shared than is not."""
 
-PGD_REACH = 2.5
+PGD_REACH: Final = 2.5
 """Step size times steps, in epsilons: more than 2, so that PGD can cross the whole ball from any random start."""
 
 
@@ -56,41 +43,21 @@ class Attack:
         norm: The norm that is bounded (or, for a minimum-norm attack, minimised).
         steps: Gradient steps when none are asked for.
         minimum_norm: Whether the attack looks for the smallest perturbation and takes no epsilon.
-        build: Makes the foolbox attack for a number of steps.
         masks_only: Whether it is defined for segmenters only.
     """
 
-    norm: Literal["linf", "l2"]
+    norm: Norm
     steps: int
-    minimum_norm: bool
-    build: Callable[[int], Any]
+    minimum_norm: bool = False
     masks_only: bool = False
 
 
-def _fgsm(steps: int) -> Any:
-    if steps != 1:
-        raise ValueError(f"fgsm has exactly one step, got {steps}")
-    return LinfFastGradientAttack()
-
-
-def _pgd(steps: int) -> Any:
-    return LinfProjectedGradientDescentAttack(steps=steps, rel_stepsize=PGD_REACH / steps)
-
-
-def _pgd_l2(steps: int) -> Any:
-    return L2ProjectedGradientDescentAttack(steps=steps, rel_stepsize=PGD_REACH / steps)
-
-
-def _ddn(steps: int) -> Any:
-    return DDNAttack(steps=steps, init_epsilon=1.0, gamma=0.05)
-
-
-ATTACKS: dict[str, Attack] = {
-    "fgsm": Attack(norm="linf", steps=1, minimum_norm=False, build=_fgsm),
-    "pgd": Attack(norm="linf", steps=40, minimum_norm=False, build=_pgd),
-    "pgd-l2": Attack(norm="l2", steps=40, minimum_norm=False, build=_pgd_l2),
-    "segpgd": Attack(norm="linf", steps=40, minimum_norm=False, build=_pgd, masks_only=True),
-    "ddn": Attack(norm="l2", steps=100, minimum_norm=True, build=_ddn),
+ATTACKS: Final[dict[str, Attack]] = {
+    "fgsm": Attack("linf", steps=1),
+    "pgd": Attack("linf", steps=40),
+    "pgd-l2": Attack("l2", steps=40),
+    "segpgd": Attack("linf", steps=40, masks_only=True),
+    "ddn": Attack("l2", steps=100, minimum_norm=True),
 }
 
 
@@ -143,24 +110,50 @@ def craft(
         raise ValueError("the model is in training mode; call eval() first")
     if len(images) == 0:
         return images.clone()
-    if not (images.min() >= BOUNDS.lower and images.max() <= BOUNDS.upper):
-        raise ValueError(f"images must lie in [{BOUNDS.lower:g}, {BOUNDS.upper:g}]")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError("images must lie in [0, 1]")
 
     steps = attack.steps if steps is None else steps
-    algorithm = attack.build(steps)
-    arguments = {} if epsilon is None else {"epsilon": epsilon}
+    if name == "fgsm" and steps != 1:
+        raise ValueError(f"fgsm has exactly one step, got {steps}")
     crafted = []
     with undisturbed(model, images.device, seed):
-        for start in range(0, len(images), batch):
-            part = slice(start, start + batch)
-            shown, classes = model, labels[part]
-            if labels.ndim > 1:
-                shown = _Holding(model, labels[part], steps if attack.masks_only else None).eval()
-                classes = labels.new_zeros(len(classes))
-            victim = PyTorchModel(shown, bounds=BOUNDS, device=images.device)
-            found = algorithm.run(victim, images[part], classes, **arguments)
-            crafted.append(found.detach().clamp(*BOUNDS))
+        for x, y in zip(images.detach().split(batch), labels.split(batch), strict=True):
+            objective = _objective(model, y, steps if attack.masks_only else None)
+            if epsilon is None:
+                found = ddn(objective, x, steps=steps)
+            elif name == "fgsm":
+                found = fgsm(objective, x, epsilon)
+            else:
+                found = pgd(objective, x, epsilon, norm=attack.norm, alpha=PGD_REACH * epsilon / steps, steps=steps)
+            crafted.append(found)
     return torch.cat(crafted)
+
+
+def _objective(model: nn.Module, labels: Tensor, weigh_over: int | None) -> Objective:
+    """What attacks raise against labels (N,) or masks (N,H,W), and whether answers hold.
+
+    Args:
+        model: (N,C,H,W) -> logits (N,K) or (N,K,H,W).
+        labels: The right answers.
+        weigh_over: T; the loss is that of SegPGD, whose weights change over T steps: of pixels that are wrong already
+            lambda = t / 2T, t from 0, of the others 1 - lambda. None: cross-entropy, of masks with soft Dice.
+    """
+
+    def objective(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        answers = logits.argmax(1)
+        if weigh_over is not None:
+            share = t / (2 * weigh_over)
+            weights = torch.where(answers == labels, 1 - share, share)
+            loss = (weights * F.cross_entropy(logits, labels, reduction="none")).flatten(1).mean(1)
+        elif labels.ndim > 1:
+            loss = stability_loss(logits, labels, "logits")
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="none")
+        return loss, holds(answers, labels)
+
+    return objective
 
 
 def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
@@ -214,7 +207,7 @@ def scaled_norms(
     directions = adversarials - images
 
     def moved(chosen: Tensor, factors: Tensor) -> Tensor:
-        return (images[chosen] + factors[chosen].view(-1, 1, 1, 1) * directions[chosen]).clamp(*BOUNDS)
+        return (images[chosen] + factors[chosen].view(-1, 1, 1, 1) * directions[chosen]).clamp(0, 1)
 
     def errs(chosen: Tensor, factors: Tensor) -> Tensor:
         if len(chosen) == 0:
@@ -240,36 +233,6 @@ def scaled_norms(
     fooling = moved(everyone, wrong.masked_fill(wrong.isinf(), 0.0))
     norms: Tensor = torch.linalg.vector_norm((fooling - images).flatten(1), dim=1)
     return norms.masked_fill(wrong.isinf(), float("inf"))
-
-
-class _Holding(nn.Module):
-    """A segmenter as a classifier of images: their mask holds (0), or is lost (1).
-
-    Args:
-        model: (N,C,H,W) -> logits (N,K,H,W).
-        masks: (N,H,W) int64, those of the images that it will be shown, always the same.
-        weigh_over: T; the loss is that of SegPGD (Gu et al. 2022), whose weights change over T calls: of pixels that
-            are wrong already lambda = (t - 1) / 2T, of the others 1 - lambda. None: cross-entropy and soft Dice.
-    """
-
-    def __init__(self, model: nn.Module, masks: Tensor, weigh_over: int | None) -> None:
-        super().__init__()
-        self._model, self._masks, self._weigh_over = model, masks, weigh_over
-        self._calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) -> logits (N,2)."""
-        logits = self._model(images)
-        if self._weigh_over is None:
-            loss = stability_loss(logits, self._masks, "logits")
-        else:
-            share = self._calls / (2 * self._weigh_over)  # foolbox asks for one gradient a step
-            self._calls += 1
-            weights = torch.where(logits.argmax(1) == self._masks, 1 - share, share)
-            loss = (weights * F.cross_entropy(logits, self._masks, reduction="none")).flatten(1).mean(1)
-        lost = torch.where(holds(logits.argmax(1), self._masks), -1.0, 1.0)
-        score = lost + loss - loss.detach()  # the value tells the class, the gradient is the loss's
-        return torch.stack([-score, score], dim=1)
 
 
 def holds(answers: Tensor, labels: Tensor) -> Tensor:

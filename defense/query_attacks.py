@@ -1,31 +1,30 @@
-"""Attacks that see nothing but answers, as thin adapters over pyautoattack and foolbox.
+"""Attacks that see nothing but answers.
 
-`square` reads the scores (Andriushchenko et al., ECCV 2020; L-infinity), `hop_skip_jump` the decisions alone (Chen et
-al., S&P 2020; L2, minimum-norm). Both attack many images at once, as their libraries do, and ask through an `Inquiry`,
-which counts the queries of each image, ends the attack when they are spent, and remembers all that was answered: what
-the attack gained is read there, and is the same whether it ended by itself or not.
+`square` reads the scores (Andriushchenko et al., ECCV 2020; L-infinity; pyautoattack's), `hop_skip_jump` the decisions
+alone (Chen et al., S&P 2020; L2, minimum-norm). Both attack many images at once and ask through an `Inquiry`, which
+counts the queries of each image and remembers all answers: what the attack gained is read there.
 """
 
-import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import torch
 from pyautoattack.square import SquareAttack
-from torch import Tensor, nn
+from torch import Tensor
 
-from defense.attacks import BOUNDS, LOST, least_right
-from defense.foolbox_parts import HopSkipJumpAttack, Misclassification, PyTorchModel
+from defense.attacks import LOST, least_right
 from defense.objectives import agreement
-
-logger = logging.getLogger(__name__)
 
 Scores = Callable[[Tensor], Tensor]
 """(N,C,H,W) in [0,1] -> probabilities (N,K) or (N,K,H,W); may raise `SpentError`."""
 
 _TIES: Final = 1e-3
 """Weight of a mask's probabilities beside its Dice: between equal masks they show an attack which way to go."""
+
+_HALVINGS: Final = 24  # float32 has no finer steps
+_TINY: Final = 1e-12  # no division by zero
 
 
 class SpentError(Exception):
@@ -126,7 +125,7 @@ def hop_skip_jump(
         inquiry: Where it asks.
         starts: (N,C,H,W) an image for each that is answered wrongly; where it is not, there is no attack.
         chosen: (M,) indices of the images to attack; all when None.
-        batch: Images attacked together; the slowest of them sets the pace.
+        batch: Images attacked together.
         seed: The global generator of torch is left as it was.
     """
     everyone = torch.arange(len(inquiry.images)) if chosen is None else chosen
@@ -134,21 +133,71 @@ def hop_skip_jump(
         _run(lambda owners=owners: _walk(inquiry, starts[owners], owners), seed)  # type: ignore[misc]
 
 
-def _walk(inquiry: Inquiry, starts: Tensor, owners: Tensor) -> None:
-    wrong = inquiry(starts, owners) <= 0
-    if not wrong.any():
-        return
-    owners, starts = owners[wrong], starts[wrong]
-    model = PyTorchModel(_Decision(inquiry, owners).eval(), bounds=BOUNDS, device=starts.device)
-    criterion = Misclassification(torch.zeros(len(owners), dtype=torch.int64))
-    attack = HopSkipJumpAttack(steps=inquiry.limit)
-    try:
-        attack.run(model, inquiry.images[owners], criterion, starting_points=starts)
-    except (AssertionError, ValueError) as error:
-        # foolbox asks again about what it found, and insists on the answer; one that is drawn at random may differ.
-        if isinstance(error, ValueError) and "not adversarial" not in str(error):
-            raise
-        logger.info("an answer changed between two queries, which ended HopSkipJump; what it had found counts")
+def _walk(inquiry: Inquiry, x_t: Tensor, owners: Tensor) -> None:
+    """Moves wrongly answered images towards the originals until their queries are spent, with the paper's symbols."""
+    x = inquiry.images[owners]
+    dimensions = x[0].numel()
+    halvings = min(math.ceil(1.5 * math.log2(dimensions)), _HALVINGS)  # to theta = d^(-3/2)
+
+    def wrong(images: Tensor, asked: Tensor) -> Tensor:
+        """(M,) phi: whether answers are wrong; asks about the chosen images that have queries left."""
+        asked = asked & (inquiry.asked[owners] < inquiry.limit)
+        answers = torch.zeros(len(owners), dtype=torch.bool)
+        if asked.any():
+            answers[asked] = inquiry(images[asked], owners[asked]) <= 0
+        return answers
+
+    def to_border(images: Tensor, asked: Tensor) -> Tensor:
+        """Searches the line from the originals for the nearest wrong answer."""
+        low, high = torch.zeros(len(owners)), torch.ones(len(owners))
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            found = wrong(torch.lerp(x, images, _wide(middle)), asked)
+            low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+        return torch.lerp(x, images, _wide(high))
+
+    everyone = torch.ones(len(owners), dtype=torch.bool)
+    alive = wrong(x_t, everyone)
+    x_t = to_border(x_t, alive)
+    t = 0
+    while (alive := alive & (inquiry.asked[owners] < inquiry.limit)).any():
+        t += 1
+        distance = torch.linalg.vector_norm((x_t - x).flatten(1), dim=1)
+        delta = torch.full_like(distance, 0.1) if t == 1 else (distance / dimensions).clamp_min(_TINY)
+        direction = _direction(x_t, delta, int(100 * t**0.5), lambda images: wrong(images, alive))
+        step, searching = distance / t**0.5, alive
+        while searching.any():
+            moved = (x_t + _wide(step) * direction).clamp(0, 1)
+            searching = searching & ~wrong(moved, searching) & (inquiry.asked[owners] < inquiry.limit)
+            step = torch.where(searching, step / 2, step)
+        x_t = torch.where(_wide(alive), to_border(moved, alive), x_t)
+
+
+def _direction(x_t: Tensor, delta: Tensor, count: int, wrong: Callable[[Tensor], Tensor]) -> Tensor:
+    """The Monte Carlo estimate of the border's normal at x_t, of unit length, (M,C,H,W).
+
+    The mean of (phi_b - mean phi) u_b over `count` random directions u_b, where phi_b is 1 if x_t + delta u_b is
+    answered wrongly, else -1; where all are alike, of phi_b u_b.
+    """
+    total, weighted, right = torch.zeros_like(x_t), torch.zeros_like(x_t), torch.zeros(len(x_t))
+    for _ in range(count):
+        u = torch.randn_like(x_t)
+        shown = (x_t + _wide(delta) * u / _norms(u)).clamp(0, 1)
+        phi = torch.where(wrong(shown), 1.0, -1.0)
+        u_b = (shown - x_t) / _wide(delta)  # what clipping left of it
+        total, weighted, right = total + u_b, weighted + _wide(phi) * u_b, right + phi
+    mean = _wide(right / count)
+    estimate = torch.where(mean.abs() == 1, weighted, weighted - mean * total)
+    return estimate / _norms(estimate).clamp_min(_TINY)
+
+
+def _norms(images: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """(M,) to (M,1,1,1)."""
+    return values.view(-1, 1, 1, 1)
 
 
 def _run(attack: Callable[[], object], seed: int) -> None:
@@ -169,15 +218,3 @@ class _Square(SquareAttack):  # type: ignore[misc]
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         margins = self._inquiry(x, y) + self._offset
         return margins, margins.clone()  # both are written to
-
-
-class _Decision(nn.Module):
-    """Whether answers hold: logits (N,2), larger at 0 where they do."""
-
-    def __init__(self, inquiry: Inquiry, owners: Tensor) -> None:
-        super().__init__()
-        self._inquiry, self._owners = inquiry, owners
-
-    def forward(self, images: Tensor) -> Any:
-        margins = self._inquiry(images, self._owners)
-        return torch.stack([margins, -margins], dim=1)

@@ -95,7 +95,7 @@ for service in hospital gateway; do
   [[ $(docker exec "$id" id -u) == 10001 ]] || fail "$service runs as root"
   [[ $(docker exec "$id" grep CapEff /proc/self/status) == *0000000000000000 ]] || fail "$service has capabilities"
   if docker exec "$id" sh -c 'echo > /app/written' 2>/dev/null; then fail "$service can write to its root file system"; fi
-  for module in foolbox matplotlib training; do
+  for module in pyautoattack matplotlib training; do
     if docker exec "$id" python -c "import $module" 2>/dev/null; then fail "$service has $module"; fi
   done
 done

@@ -83,6 +83,32 @@ def test_ddn_comes_close_to_the_smallest_norm_of_a_linear_model(count: int, mode
     assert (norms <= optimum * 1.1).all()
 
 
+class Curved(nn.Module):
+    """Three classes of four pixels, far from linear."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = torch.arange(12.0).view(4, 3).sin(), torch.arange(9.0).view(3, 3).cos()
+        return (2 * (images.flatten(1) - 0.5) @ first).tanh() @ second
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon", "steps", "expected"),
+    [
+        ("fgsm", 0.1, None, [[0.1, -0.1, 0.1, -0.1], [-0.1, 0.1, -0.1, 0.1]]),
+        ("pgd", 0.1, 5, [[0.1, -0.1, 0.1, -0.1], [-0.1, 0.1, -0.1, 0.1]]),
+        ("pgd-l2", 0.15, 5, [[0.0654, -0.05002, 0.09207, -0.08511], [-0.05849, 0.06282, -0.08903, 0.08489]]),
+        ("ddn", None, 30, [[0.0787, -0.15475, 0.22769, -0.29609], [-0.08552, 0.15813, -0.22758, 0.29247]]),
+    ],
+)
+def test_attacks_find_what_foolbox_3_3_4_found(
+    name: str, epsilon: float | None, steps: int | None, expected: list[list[float]]
+) -> None:
+    model = Curved().eval()
+    images = torch.tensor([[0.2, 0.9, 0.4, 0.7], [0.6, 0.1, 0.8, 0.3]]).view(2, 1, 2, 2)
+    found = craft(name, model, images, model(images).argmax(1), epsilon, steps=steps, seed=1) - images
+    torch.testing.assert_close(found.flatten(1), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("name", attacks_on(torch.zeros(1)))
 def test_images_at_the_edge_of_the_range_stay_inside_it(name: str, count: int, model: Linear) -> None:

@@ -92,6 +92,15 @@ def test_hop_skip_jump_comes_near_the_smallest_change() -> None:
     assert (asked.nearest() < 4 * smallest + 0.3).all()
 
 
+@pytest.mark.parametrize("batch", [1, 6])
+def test_hop_skip_jump_comes_as_near_as_foolbox_3_3_4_did_with_one_image_at_a_time(batch: int) -> None:
+    asked = inquiry(limit=500)
+    hop_skip_jump(asked, 1 - asked.images, batch=batch)
+    foolbox = torch.tensor([0.626, 0.431, 0.065, 0.096, 0.624, 0.121])  # of all six at once: half as near
+    assert asked.nearest().mean() < 1.1 * foolbox.mean()
+    assert (asked.nearest() < 1.3 * foolbox).all()
+
+
 def test_hop_skip_jump_needs_a_start_that_is_answered_wrongly() -> None:
     asked = inquiry()
     starts = torch.where(torch.arange(6).view(-1, 1, 1, 1) < 3, asked.images, 1 - asked.images)
