@@ -37,7 +37,6 @@ class Finding:
         queries: Victim queries an image and step; those that trained a student are spread over 600 steps of 64 images.
         cosine: Median cosine with the true gradient over the images on which the victim is unsure; of masks, over all.
         error: Squared error relative to the true gradients' squared norm, over all images.
-        announced: The error that the estimator announced itself, relative to the same.
         parameter_cosine: Cosine of the parameters' gradient, averaged over all images, with the true one.
     """
 
@@ -46,7 +45,6 @@ class Finding:
     queries: float
     cosine: float
     error: float
-    announced: float
     parameter_cosine: float
 
 
@@ -102,7 +100,7 @@ class Bench:
         """All figures of one estimator."""
         evaluations = estimator.evaluations(self.z[0].numel())
         size = max(2, min(64, _POINTS // evaluations))
-        gradient, announced, spent = self._estimates(estimator, surrogate, size)
+        gradient, spent = self._estimates(estimator, surrogate, size)
         cosine = F.cosine_similarity(gradient.flatten(1), self.true.flatten(1))[self.unsure].median().item()
         energy = self.true.square().sum()
         ours = self._parameter_gradient(gradient)
@@ -113,20 +111,18 @@ class Bench:
             queries=spent / len(self.z) + paid / RUN,
             cosine=cosine,
             error=((gradient - self.true).square().sum() / energy).item(),
-            announced=(announced.sum() / energy).item(),
             parameter_cosine=F.cosine_similarity(ours, self.true_parameters, dim=0).item(),
         )
 
-    def _estimates(self, estimator: Estimator, surrogate: Surrogate | None, size: int) -> tuple[Tensor, Tensor, int]:
+    def _estimates(self, estimator: Estimator, surrogate: Surrogate | None, size: int) -> tuple[Tensor, int]:
         generator = torch.Generator().manual_seed(1)
-        gradients, errors, spent = [], [], 0
+        gradients, spent = [], 0
         for start in range(0, len(self.z), size):
             part = slice(start, start + size)
             estimate = estimator(self.z[part], self.loss(part, surrogate), generator)
             gradients.append(estimate.gradient)
-            errors.append(estimate.error)
             spent += estimate.spent
-        return torch.cat(gradients), torch.cat(errors), spent
+        return torch.cat(gradients), spent
 
     def _parameter_gradient(self, gradient: Tensor) -> Tensor:
         total = torch.zeros(sum(parameter.numel() for parameter in self.parameters))
@@ -166,7 +162,7 @@ def learn_surrogate(bench: Bench, images: Tensor, queries: int, steps: int, sigm
 def write(findings: Sequence[Finding], stem: Path) -> None:
     """Writes STEM.json, and prints a table."""
     replace_file(stem.with_suffix(".json"), (json.dumps([asdict(f) for f in findings], indent=1) + "\n").encode())
-    head = ("border", "estimator", "queries", "cosine", "error", "announced", "parameter cosine")
+    head = ("border", "estimator", "queries", "cosine", "error", "parameter cosine")
     body = [
         (
             f.border,
@@ -174,7 +170,6 @@ def write(findings: Sequence[Finding], stem: Path) -> None:
             f"{f.queries:.2f}",
             f"{f.cosine:.3f}",
             f"{f.error:.3g}",
-            f"{f.announced:.3g}",
             f"{f.parameter_cosine:.3f}",
         )
         for f in findings

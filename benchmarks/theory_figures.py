@@ -9,7 +9,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from torch.nn import functional as F
 
 from defense.estimators import (
     Combination,
-    ControlVariate,
     CoordinateGradientEstimator,
     Difference,
     Estimator,
@@ -29,9 +27,7 @@ from defense.estimators import (
     Loss,
     RandomGradientEstimator,
     Sampling,
-    SurrogateGradient,
 )
-from defense.estimators.directions import relative_variance
 from training.command import cli
 
 DIMENSION = 192  # the code of the paper
@@ -85,7 +81,7 @@ def draw_directions() -> Figure:
         errors, cosines = [], []
         for count in counts:
             estimator = RandomGradientEstimator(count, 0.1, Isotropic(sampling), combine=combine)
-            found = _estimates(estimator, Loss(lambda points, owners: points @ gradient))
+            found = _estimates(estimator, _linear(gradient))
             errors.append(((found - gradient).square().sum(1).mean() / gradient.square().sum()).item())
             cosines.append(torch.cosine_similarity(found, gradient[None]).mean().item())
         smooth = torch.logspace(0, math.log10(191.5), 200).tolist()
@@ -150,7 +146,7 @@ def draw_step() -> Figure:
 
 
 def draw_control_variate() -> Figure:
-    """Formula 6: what a surrogate of cosine c leaves of the error, as control variate and alone."""
+    """Formula 6: what a surrogate of cosine c leaves of the error, as control variate and alone, at the best factor."""
     count = 20
     generator = torch.Generator().manual_seed(0)
     along = F.normalize(torch.randn(DIMENSION, generator=generator), dim=0)
@@ -158,10 +154,10 @@ def draw_control_variate() -> Figure:
     other = F.normalize(other - (other @ along) * along, dim=0)
     inner = RandomGradientEstimator(count, 0.1)
     projected = RandomGradientEstimator(count, 0.1, Isotropic("orthonormal"), combine="projection")
-    series: list[tuple[str, Estimator, float, str, str]] = [
-        ("control variate, unbiased", ControlVariate(inner), (DIMENSION - 1) / count, BLUE, "o"),
-        ("surrogate's gradient alone", SurrogateGradient(DRAWS, 0.1), 1.0, BLACK, "x"),
-        ("control variate, projection", ControlVariate(projected), 1 - count / DIMENSION, PURPLE, "^"),
+    series: list[tuple[str, Estimator | None, float, str, str]] = [
+        ("control variate, unbiased", inner, (DIMENSION - 1) / count, BLUE, "o"),
+        ("surrogate's gradient alone", None, 1.0, BLACK, "x"),
+        ("control variate, projection", projected, 1 - count / DIMENSION, PURPLE, "^"),
     ]
     cosines = [0.1 * step for step in range(1, 10)] + [0.97]
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -170,9 +166,9 @@ def draw_control_variate() -> Figure:
     for label, estimator, plain, colour, mark in series:
         errors = []
         for cosine in cosines:
-            known = 0.5 * (cosine * along + math.sqrt(1 - cosine**2) * other)
-            loss = Loss(lambda points, owners: points @ along, partial(torch.matmul, other=known))
-            errors.append((_estimates(estimator, loss) - along).square().sum(1).mean().item())
+            best = cosine * (cosine * along + math.sqrt(1 - cosine**2) * other)  # beta h
+            found = best if estimator is None else best + _estimates(estimator, _linear(along - best))
+            errors.append((found - along).square().sum(-1).mean().item())
         axes.plot(smooth, [plain * (1 - cosine**2) for cosine in smooth], color=colour, linewidth=1)
         axes.plot(cosines, errors, mark, color=colour, fillstyle="none", markersize=5, label=label)
     axes.axhline((DIMENSION - 1) / count, color="0.6", linewidth=1, linestyle=":")
@@ -184,6 +180,10 @@ def draw_control_variate() -> Figure:
     return figure
 
 
+def _linear(gradient: Tensor) -> Loss:
+    return Loss(lambda points, owners: points @ gradient)
+
+
 def _estimates(estimator: Estimator, loss: Loss, dimension: int = DIMENSION) -> Tensor:
     """(DRAWS, d) estimates at the origin."""
     return estimator(torch.zeros(DRAWS, dimension), loss, torch.Generator().manual_seed(2)).gradient
@@ -193,7 +193,13 @@ def _error(count: float, sampling: Sampling, combine: Combination) -> float:
     """Formulae 2 and 3; `count` need not be whole."""
     if combine == "projection":
         return 1 - count / DIMENSION
-    return relative_variance(1, DIMENSION, sampling) / count if sampling != "orthonormal" else DIMENSION / count - 1
+    match sampling:
+        case "sphere":
+            return (DIMENSION - 1) / count
+        case "gaussian":
+            return (DIMENSION + 1) / count
+        case "orthonormal":
+            return DIMENSION / count - 1
 
 
 def _cosine(count: float, sampling: Sampling) -> float:

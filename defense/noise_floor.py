@@ -112,14 +112,14 @@ class ProbeReport:
                 f"all of the victim's answers to the probe were labels: each gives one of its {self.num_classes} "
                 "classes all of the probability. No difference can be taken of them. --votes V asks about V noisy "
                 "copies of each image, at V queries, and takes the shares of their labels for probabilities; or "
-                "choose a method that needs no differences (--estimator surrogate --checked 0)"
+                "choose a method that needs no differences (--estimator surrogate)"
             )
         if not (self.resolved or self.given):
             raise DefenseError(
                 f"no step of finite differences stands clear of the victim's noise, at most {RESOLVED:g} would do: "
                 f"{self.describe()}. Let it answer unrounded float32 scores to float32 tensors (--wire tensor), search "
                 "where a step shows more (--sanitizer denoiser+autoencoder), raise --votes where there are any, or "
-                "choose a method that needs no differences (--estimator surrogate --checked 0); a number for --mu goes "
+                "choose a method that needs no differences (--estimator surrogate); a number for --mu goes "
                 "on all the same"
             )
 

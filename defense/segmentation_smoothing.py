@@ -103,28 +103,6 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
     return torch.where(certain, lead.indices[0], ABSTAIN)
 
 
-def predict_mask(
-    classifier: BaseClassifier,
-    image: Tensor,
-    *,
-    sigma: float,
-    n: int,
-    alpha: float,
-    generator: torch.Generator,
-    batch: int = 1024,
-) -> Tensor:
-    """The smoothed mask (H,W) of one image (C,H,W), `ABSTAIN` where it is not settled.
-
-    Arguments and errors as in `defense.smoothing.sample_counts` and `predict_mask_counts`.
-
-    Raises:
-        InvalidAnswer: The classifier's answers are no (N,K,H,W) scores.
-    """
-    check_alpha(alpha)
-    counts = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
-    return predict_mask_counts(_of_pixels(counts), alpha=alpha)
-
-
 def holm(p_values: np.ndarray, alpha: float) -> np.ndarray:
     """Which of (M,) null hypotheses are rejected, the probability of any wrong rejection at most alpha (Holm 1979).
 

@@ -18,7 +18,6 @@ _LAST_RATE = 0.15  # of the learning rate: where the first long training ends, a
 _RECENT = 512  # answers that count as on policy
 _FLOOR = 1e-4  # least probability that the student is asked to answer, so that no answer has infinite weight
 _JITTER = 0.02  # noise on the images that it learns from, which smooths its gradient
-_STEP = 0.05  # L2 length over which the student's own slopes are taken
 
 
 class Answers:
@@ -70,7 +69,6 @@ class SurrogateSettings:
         steps: Its optimiser steps after each step of the sanitizer.
         batch: Answers a step.
         learning_rate: AdamW's.
-        slope_weight: Weight of the squared error of its slopes beside the divergence of its answers.
     """
 
     warm_up: int = 8000
@@ -78,14 +76,13 @@ class SurrogateSettings:
     steps: int = 2
     batch: int = 64
     learning_rate: float = 3e-3
-    slope_weight: float = 0.0
 
 
 class Surrogate:
     """A student network, all answers that it learns from, and how it learns.
 
-    Images are kept with 8 bits a pixel, directions with 8 bits a coordinate, the probabilities of masks with 8 bits
-    each: a quarter of the memory, and noise far below what the student can learn.
+    Images are kept with 8 bits a pixel, the probabilities of masks with 8 bits each: a quarter of the memory, and noise
+    far below what the student can learn.
 
     Args:
         shape: (C, H, W).
@@ -94,9 +91,6 @@ class Surrogate:
         seed: Of its first weights and of its batches.
         device: Where it learns.
         positions: The axes of the answers behind the classes: () or (H, W).
-
-    Raises:
-        ValueError: Slopes are to be learned, and every answer is a mask: a slope would be as large as a batch of masks.
     """
 
     def __init__(
@@ -108,8 +102,6 @@ class Surrogate:
         device: torch.device,
         positions: tuple[int, ...] = (),
     ) -> None:
-        if positions and settings.slope_weight:
-            raise ValueError("slopes are learned from classifiers only: leave their weight at 0 for a segmenter")
         kind = DenseStudentNetwork if positions else StudentNetwork
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -119,14 +111,6 @@ class Surrogate:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.learning_rate, weight_decay=1e-2)
         answer = ((classes, *positions), torch.uint8 if positions else torch.float32)
         self.values = Answers({"images": (shape, torch.uint8), "answers": answer})
-        self.slopes = Answers(
-            {
-                "images": (shape, torch.uint8),
-                "directions": (shape, torch.int8),
-                "lengths": ((), torch.float32),
-                "answers": ((classes,), torch.float32),
-            }
-        )
         self._device = device
         self._dense = bool(positions)
 
@@ -135,31 +119,6 @@ class Surrogate:
         answers = log_probabilities(scores, kind, _FLOOR)
         self.values.append(
             {"images": _to_bytes(images), "answers": _to_bytes(answers.exp()) if self._dense else answers}
-        )
-
-    def observe_slopes(self, images: Tensor, steps: Tensor, before: Tensor, after: Tensor, kind: ScoreKind) -> None:
-        """Remembers how the black box's log-probabilities change along steps, per unit of length.
-
-        Args:
-            images: (N, C, H, W) in [0, 1].
-            steps: (N, C, H, W), small; those of no length are left out.
-            before: (N, K) scores at the images.
-            after: (N, K) scores at images + steps.
-            kind: What the scores are.
-        """
-        lengths = steps.flatten(1).norm(dim=1)
-        moved = lengths > 0
-        images, steps, lengths, before, after = (part[moved] for part in (images, steps, lengths, before, after))
-        change = log_probabilities(after, kind, _FLOOR) - log_probabilities(before, kind, _FLOOR)
-        largest = steps.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
-        directions = (127 * steps / largest).round()
-        self.slopes.append(
-            {
-                "images": _to_bytes(images),
-                "directions": directions,
-                "lengths": directions.flatten(1).norm(dim=1),
-                "answers": change / lengths.unsqueeze(1),
-            }
         )
 
     def learn(self, steps: int, *, from_scratch: bool = False) -> float:
@@ -196,22 +155,10 @@ class Surrogate:
         drawn = self.values.sample(self.settings.batch, recent, self.generator)
         jitter = _JITTER * torch.randn(drawn["images"].shape, generator=self.generator)
         images, answers = self._images(drawn) + jitter.to(self._device), self._answers(drawn)
-        with_slopes = self.settings.slope_weight > 0 and len(self.slopes) > 0
-        if with_slopes:
-            slopes = self.slopes.sample(self.settings.batch // 2, recent, self.generator)
-            at = self._images(slopes)
-            scale = (_STEP / slopes["lengths"]).to(self._device).view(-1, 1, 1, 1)
-            images = torch.cat([images, at, at + scale * slopes["directions"].to(self._device, torch.float32)])
         outputs = self.network(images.contiguous(memory_format=torch.channels_last)).log_softmax(1)
-        count = len(answers)
-        divergence = F.kl_div(outputs[:count], answers, log_target=True, reduction="none").sum(1).mean()
-        objective = divergence
-        if with_slopes:
-            before, after = outputs[count:].chunk(2)
-            error = (after - before) / _STEP - slopes["answers"].to(self._device)
-            objective = divergence + self.settings.slope_weight * error.square().mean()
+        divergence = F.kl_div(outputs, answers, log_target=True, reduction="none").sum(1).mean()
         self.optimizer.zero_grad()
-        objective.backward()
+        divergence.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
         self.optimizer.step()
         return divergence.item()

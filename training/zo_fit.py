@@ -40,7 +40,6 @@ from training.fit.parts import (
     build_student,
     difference_of,
     fit_settings,
-    load_decoder,
     metered,
     method_name,
     needs_differences,
@@ -76,6 +75,15 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings that a resumed run may have otherwise than the run it continues."""
+
+_FORMER: dict[str, tuple[Any, ...]] = {
+    "checked": (0,),
+    "combine": ("unbiased",),
+    "control_variate": (False,),
+    "rotated": (0.0,),
+    "slope_weight": (0.0,),
+}
+"""Settings that are gone, and the values at which a run of an older version goes on as it would have."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,9 +136,9 @@ def _fit(arguments: argparse.Namespace, connect: Connect) -> int:
         else:
             _refuse_other_settings(checkpoint.state["settings"], settings)
             start = Sanitizer(SanitizerConfig.model_validate(checkpoint.state["architecture"]))
-            start.load_state_dict(under("sanitizer", checkpoint.tensors))  # what a subspace is made from is in it
+            start.load_state_dict(under("sanitizer", checkpoint.tensors))
         start.requires_grad_(True).to(device)
-        build = partial(build_estimator, arguments, start, load_decoder(arguments, splits, device))
+        build = partial(build_estimator, arguments, start)
         build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
 
         ledger = QueryLedger(arguments.max_queries, spent, None if journal is None else journal.write)
@@ -239,10 +247,13 @@ def _checkpoint_to_resume(arguments: argparse.Namespace) -> Checkpoint | None:
 
 
 def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
+    former = {name for name, harmless in _FORMER.items() if old.get(name) in harmless}
+    if old.get("estimator") != "surrogate":
+        former.add("checked")  # which meant nothing there
     changed = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
-        if name not in MAY_CHANGE and old.get(name) != new.get(name)
+        if name not in MAY_CHANGE | former and old.get(name) != new.get(name)
     ]
     if changed:
         raise UserError(f"the run to resume had other settings: {'; '.join(changed)}")

@@ -1,13 +1,15 @@
-"""What all estimators share: the loss they are given, what they answer, and what they may spend."""
+"""What all estimators share: the loss they are given, what they return, and what they may spend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted
+
+Difference = Literal["forward", "central"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,11 @@ class Estimate:
     Attributes:
         gradient: (N, *shape) estimate of each image's gradient.
         loss: (N,) the loss at each point; for central differences the mean over all evaluations.
-        error: (N,) the estimator's own estimate of its squared error |gradient - true gradient|^2, from what it
-            measured; each estimator says what it cannot see.
         spent: Evaluations of the black box, over all images.
     """
 
     gradient: Tensor
     loss: Tensor
-    error: Tensor
     spent: int
 
 

@@ -1,8 +1,8 @@
 """Where an estimator looks: directions of the whole space, of a subspace of it, or along the surrogate's gradient."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from defense.estimators.base import Loss
 
 Sampling = Literal["sphere", "gaussian", "orthonormal"]
 
-Basis = Callable[[Tensor, Loss], Tensor]
-"""(N, *shape) points and their loss -> (r, d) orthonormal rows for all of them, or (N, r, d) for each its own."""
-
 _NEGLIGIBLE = 1e-6
 
 
@@ -21,14 +18,11 @@ class Directions(Protocol):
     """A way to choose directions.
 
     Attributes:
-        sampling: How they are drawn, if isotropically in what is searched, E[u u^T] = P / r with P the projector on it;
-            None where they are not, so that their slopes can only be combined by projection.
+        isotropic: Whether E[u u^T] = P / r, P the projector on the r dimensions that are searched. If not, slopes can
+            only be combined by projection.
     """
 
-    @property
-    def sampling(self) -> Sampling | None:
-        """See above."""
-        ...
+    isotropic: ClassVar[bool]
 
     def dimension(self, whole: int) -> int:
         """r, the dimensions of what is searched, in a space of `whole` dimensions."""
@@ -36,10 +30,6 @@ class Directions(Protocol):
 
     def draw(self, z: Tensor, count: int, loss: Loss, generator: torch.Generator) -> Tensor:
         """(N, *shape) points -> (N, count, d) unit directions (Gaussian ones: unit in the mean)."""
-        ...
-
-    def energy(self, slopes: Tensor, whole: int) -> Tensor:
-        """(N,) squared norms of the gradient in what is searched, as (N, q) slopes along such directions tell them."""
         ...
 
 
@@ -76,23 +66,6 @@ def sample_directions(
     return (orthonormal * signs).transpose(1, 2)
 
 
-def relative_variance(count: int, rank: int, sampling: Sampling) -> float:
-    """Squared error of the unbiased estimate on a linear loss, relative to |g|^2 (docs/theory.md, formulae 2 and 3).
-
-    Args:
-        count: q directions.
-        rank: r, the dimensions that they are drawn from.
-        sampling: (r - 1) / q for "sphere", (r + 1) / q for "gaussian", r / q - 1 for "orthonormal".
-    """
-    match sampling:
-        case "sphere":
-            return (rank - 1) / count
-        case "gaussian":
-            return (rank + 1) / count
-        case "orthonormal":
-            return rank / count - 1
-
-
 @dataclass(frozen=True)
 class Isotropic:
     """Directions of the whole space.
@@ -100,6 +73,8 @@ class Isotropic:
     Attributes:
         sampling: See `sample_directions`.
     """
+
+    isotropic: ClassVar[bool] = True
 
     sampling: Sampling = "sphere"
 
@@ -111,47 +86,61 @@ class Isotropic:
         """See `Directions`."""
         return sample_directions(len(z), count, z[0].numel(), self.sampling, generator).to(z.device)
 
-    def energy(self, slopes: Tensor, whole: int) -> Tensor:
-        """See `Directions`: as E[D^2] = |P g|^2 / r."""
-        return self.dimension(whole) * slopes.square().mean(1)
-
 
 @dataclass(frozen=True)
 class Subspace:
     """Directions of a subspace: what lies outside it is never seen, what lies inside costs r dimensions, not d.
 
     Attributes:
-        basis: Its orthonormal basis, from the points; may change from step to step.
-        rank: r.
+        rows: (r, d) its orthonormal basis.
         sampling: See `sample_directions`; r dimensions instead of d.
-        rotated: Share of the r dimensions that are random directions of the whole space, drawn anew for each step and
-            shared by its images, in place of the last ones of the basis; so that over many steps nothing stays unseen.
     """
 
-    basis: Basis
-    rank: int
+    isotropic: ClassVar[bool] = True
+
+    rows: Tensor
     sampling: Sampling = "orthonormal"
-    rotated: float = 0.0
 
     def dimension(self, whole: int) -> int:
         """The subspace's."""
-        return self.rank
+        return len(self.rows)
 
     def draw(self, z: Tensor, count: int, loss: Loss, generator: torch.Generator) -> Tensor:
         """See `Directions`."""
-        basis = self.basis(z, loss)
-        fresh = round(self.rotated * self.rank)
-        if fresh:
-            random = torch.randn(fresh, z[0].numel(), generator=generator).to(z.device)
-            kept = basis[..., : self.rank - fresh, :]
-            whole = torch.cat([kept, random.expand(*kept.shape[:-2], -1, -1)], dim=-2)
-            basis = torch.linalg.qr(whole.transpose(-1, -2)).Q.transpose(-1, -2)
-        inside = sample_directions(len(z), count, self.rank, self.sampling, generator).to(z.device)
-        return inside @ basis
+        inside = sample_directions(len(z), count, len(self.rows), self.sampling, generator)
+        return inside.to(z.device) @ self.rows.to(z.device)
 
-    def energy(self, slopes: Tensor, whole: int) -> Tensor:
-        """See `Directions`: as E[D^2] = |P g|^2 / r."""
-        return self.dimension(whole) * slopes.square().mean(1)
+
+def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
+    """The lowest frequencies of an image: the type-II discrete cosine transform's first rows and columns.
+
+    Args:
+        shape: (C, H, W).
+        side: Frequencies along each axis.
+
+    Returns:
+        (C side^2, C H W) orthonormal rows, the lowest frequencies first, for `Subspace`.
+
+    Raises:
+        ValueError: There are not so many frequencies.
+    """
+    channels, height, width = shape
+    if not 1 <= side <= min(height, width):
+        raise ValueError(f"images of {height} x {width} have 1 to {min(height, width)} frequencies, not {side}")
+    vertical, horizontal = _cosines(height, side), _cosines(width, side)
+    plane = torch.einsum("ah,bw->abhw", vertical, horizontal).reshape(side * side, height * width)
+    rows: Tensor = torch.kron(torch.eye(channels), plane)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    frequency = places.square().sum(1).repeat(channels)
+    return rows[frequency.argsort(stable=True)]
+
+
+def _cosines(length: int, count: int) -> Tensor:
+    """The first `count` orthonormal rows of the type-II discrete cosine transform: (count, length)."""
+    places = (torch.arange(length) + 0.5) * math.pi / length
+    rows = torch.cos(torch.arange(count).unsqueeze(1) * places) * math.sqrt(2 / length)
+    rows[0] /= math.sqrt(2)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -162,11 +151,11 @@ class Guided:
 
     Attributes:
         others: Where the directions after the first come from.
-        sampling: None: these are not isotropic.
     """
 
+    isotropic: ClassVar[bool] = False
+
     others: Directions = field(default_factory=lambda: Isotropic("orthonormal"))
-    sampling: None = None
 
     def dimension(self, whole: int) -> int:
         """The whole space's."""
@@ -174,22 +163,15 @@ class Guided:
 
     def draw(self, z: Tensor, count: int, loss: Loss, generator: torch.Generator) -> Tensor:
         """See `Directions`; the first along the surrogate's gradient, the others orthogonal to it."""
-        first = unit(loss.surrogate_gradient(z).flatten(1)).unsqueeze(1)
+        first = _unit(loss.surrogate_gradient(z).flatten(1)).unsqueeze(1)
         if count == 1:
             return first
         others = self.others.draw(z, count - 1, loss, generator)
         others = others - (others @ first.transpose(1, 2)) * first
-        return torch.cat([first, unit(others)], dim=1)
-
-    def energy(self, slopes: Tensor, whole: int) -> Tensor:
-        """See `Directions`: the first slope's share is what it is, the others speak for what is orthogonal to it."""
-        first, others = slopes[:, 0].square(), slopes[:, 1:]
-        return first + (1 - 1 / whole) * self.others.energy(others, whole) if others.shape[1] else first
+        return torch.cat([first, _unit(others)], dim=1)
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """(..., d) vectors divided by their norms; those without one stay zero."""
-    if not vectors.numel():
-        return vectors
+def _unit(vectors: Tensor) -> Tensor:
+    """(..., d) vectors divided by their norms; those that have hardly any become zero."""
     norms = vectors.norm(dim=-1, keepdim=True)
     return torch.where(norms > _NEGLIGIBLE * norms.max(), vectors / norms.clamp_min(1e-30), 0.0)

@@ -29,4 +29,4 @@ class ExactGradient:
             if not values.requires_grad:
                 raise DefenseError("the exact gradient needs an open model in process; this victim is a black box")
             (gradient,) = torch.autograd.grad(values.sum(), points)
-        return Estimate(gradient, values.detach(), torch.zeros(len(z), device=z.device), len(z))
+        return Estimate(gradient, values.detach(), len(z))

@@ -40,9 +40,6 @@ class LocalGradientEstimator:
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
         """Estimates the gradient of each image's loss; see `Estimator`. The loss needs to be `located`.
 
-        Its own error estimate is the variance over the directions, which does not hold what leaves the window; with a
-        single direction an upper bound of it.
-
         Raises:
             ValueError: The loss is not located, or z has no cells that divide the image.
             BudgetExhausted: See `Estimator`.
@@ -62,11 +59,8 @@ class LocalGradientEstimator:
         cells = _summed(losses, z.shape[2], z.shape[3])
         changes = cells[images:].unflatten(0, (images, count)) - cells[:images].unsqueeze(1)
         around = F.avg_pool2d(changes, self.window, stride=1, padding=self.window // 2) * self.window**2
-        each = dimension * directions * (around / self.mu).unsqueeze(2)
-        gradient = each.mean(1)
-        spread = each.square().mean(1) - (gradient.square() if count > 1 else 0.0)
-        error = spread.flatten(1).sum(1) / max(count - 1, 1)
-        return Estimate(gradient, losses[:images].flatten(1).sum(1), error, images * (1 + count))
+        gradient = (dimension * directions * (around / self.mu).unsqueeze(2)).mean(1)
+        return Estimate(gradient, losses[:images].flatten(1).sum(1), images * (1 + count))
 
 
 def _summed(losses: Tensor, height: int, width: int) -> Tensor:

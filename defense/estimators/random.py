@@ -6,9 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from defense.estimators.base import Estimate, Loss, affordable
-from defense.estimators.directions import Directions, Isotropic, relative_variance
-from defense.estimators.slopes import Difference, Slopes, measure_slopes
+from defense.estimators.base import Difference, Estimate, Loss, affordable
+from defense.estimators.directions import Directions, Isotropic
 
 Combination = Literal["unbiased", "projection"]
 
@@ -23,10 +22,10 @@ class RandomGradientEstimator:
         where: Which directions.
         difference: Forward, D = (l(z + mu u) - l(z)) / mu: q + 1 evaluations a point. Central,
             D = (l(z + mu u) - l(z - mu u)) / (2 mu), also called antithetic: 2 q.
-        combine: "unbiased": (r / q) sum_i D_i u_i, which is right in the mean, and whose error is r / q times as large
-            as the gradient. "projection": the shortest vector with these slopes, which is the gradient's projection on
-            the span of the directions; biased towards zero, but never longer than the gradient. For orthonormal
-            directions it is q / r times the other, the factor of least squared error.
+        combine: "unbiased": (r / q) sum_i D_i u_i, whose squared error is r / q times that of the gradient.
+            "projection": the shortest vector with these slopes, which is the gradient's projection on the span of the
+            directions; biased towards zero, but never longer than the gradient. For orthonormal directions it is q / r
+            times the other, the factor of least squared error.
     """
 
     directions: int
@@ -37,7 +36,7 @@ class RandomGradientEstimator:
 
     def __post_init__(self) -> None:
         """Refuses what would not be unbiased."""
-        if self.combine == "unbiased" and self.where.sampling is None:
+        if self.combine == "unbiased" and not self.where.isotropic:
             raise ValueError(f"{type(self.where).__name__} directions are not isotropic: combine them by projection")
 
     def evaluations(self, dimension: int) -> int:
@@ -45,32 +44,27 @@ class RandomGradientEstimator:
         return self.directions + 1 if self.difference == "forward" else 2 * self.directions
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`.
+        """Estimates the gradient of each image's loss; see `Estimator`."""
+        images, central = len(z), self.difference == "central"
+        count = affordable(self.directions, *((0, 2) if central else (1, 1)), images, budget)
+        directions = self.where.draw(z, count, loss, generator)
+        center = z.detach().flatten(1).unsqueeze(1)
+        other = center - self.mu * directions if central else center
+        points = torch.cat([center + self.mu * directions, other], dim=1)  # (N, P, d)
+        owners = torch.arange(images, device=z.device).repeat_interleave(points.shape[1])
+        with torch.no_grad():
+            values = loss.black_box(points.reshape(-1, *z.shape[1:]), owners).view(images, -1)
+        slopes = (values[:, :count] - values[:, count:]) / (2 * self.mu if central else self.mu)
+        at_z = values.mean(1) if central else values[:, count]
+        return Estimate(self._combined(slopes, directions).view_as(z), at_z, values.numel())
 
-        Its own error estimate cannot see the bias of forward differences, nor what lies outside a subspace; of the
-        noise, orthonormal directions show only the share 1 - q / r; along the surrogate's gradient alone it is zero.
-        """
-        slopes = self.measure(z, loss, generator, budget)
-        gradient, error = self.assemble(slopes)
-        return Estimate(gradient.view_as(z), slopes.loss, error, slopes.spent)
-
-    def measure(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Slopes:
-        """Draws the directions, as many as the budget holds, and measures the slopes along them."""
-        fixed, each = (1, 1) if self.difference == "forward" else (0, 2)
-        count = affordable(self.directions, fixed, each, len(z), budget)
-        return measure_slopes(z, self.where.draw(z, count, loss, generator), self.mu, self.difference, loss)
-
-    def assemble(self, slopes: Slopes) -> tuple[Tensor, Tensor]:
-        """(N, d) estimates from slopes, and the (N,) estimates of their squared errors."""
-        count = slopes.values.shape[1]
-        rank = self.where.dimension(slopes.directions.shape[2])
-        energy = self.where.energy(slopes.values, slopes.directions.shape[2])
+    def _combined(self, slopes: Tensor, directions: Tensor) -> Tensor:
+        """(N, d) gradients from (N, q) slopes along (N, q, d) directions."""
+        count, dimension = directions.shape[1:]
         if self.combine == "unbiased":
-            gradient = torch.einsum("nq,nqd->nd", slopes.values, slopes.directions) * (rank / count)
-            assert self.where.sampling is not None  # or it would have been refused
-            return gradient, energy * relative_variance(count, rank, self.where.sampling)
-        gram = slopes.directions @ slopes.directions.transpose(1, 2)
+            return torch.einsum("nq,nqd->nd", slopes, directions) * (self.where.dimension(dimension) / count)
+        gram = directions @ directions.transpose(1, 2)
         ridge = 1e-6 * torch.eye(count, device=gram.device)
-        weights = torch.linalg.solve(gram + ridge, slopes.values.unsqueeze(2))
-        gradient = (weights * slopes.directions).sum(1)
-        return gradient, (energy - gradient.square().sum(1)).clamp_min(0.0)
+        weights = torch.linalg.solve(gram + ridge, slopes.unsqueeze(2))
+        gradient: Tensor = (weights * directions).sum(1)
+        return gradient

@@ -4,11 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from defense.estimators import (
-    Combination,
-    Difference,
-    Sampling,
-)
+from defense.estimators import Difference, Sampling
 from training import pretrain
 from training.command import cli
 from training.fit.probe import add_answer_arguments
@@ -56,25 +52,12 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--sampling", choices=get_args(Sampling), default="sphere", help="RGE's directions")
     method.add_argument(
         "--subspace",
-        choices=("none", "dct", "components", "decoder", "surrogate"),
+        choices=("none", "dct"),
         default="none",
-        help="where RGE looks: everywhere; low frequencies; principal components of the images; tangents of the "
-        "pre-trained decoder; principal directions of the surrogate's gradients (all but none: --sanitizer denoiser)",
+        help="where RGE looks: everywhere, the default; dct: low frequencies of the image (--sanitizer denoiser)",
     )
     method.add_argument("--rank", type=cli.positive_int, default=64, help="dimensions of the subspace (default 64)")
-    method.add_argument(
-        "--rotated", type=cli.share, default=0.0, help="share of them that are random, drawn anew each step (default 0)"
-    )
-    method.add_argument(
-        "--guided", action="store_true", help="RGE's first direction is the surrogate's gradient; implies projection"
-    )
-    method.add_argument("--control-variate", action="store_true", help="RGE only of what the surrogate leaves open")
-    method.add_argument(
-        "--combine",
-        choices=get_args(Combination),
-        default="unbiased",
-        help="of RGE's slopes: unbiased, the default; projection on their directions: shorter, biased towards zero",
-    )
+    method.add_argument("--guided", action="store_true", help="RGE's first direction is the surrogate's gradient")
     method.add_argument(
         "--difference", choices=get_args(Difference), help="default: forward for RGE, central for CGE, as published"
     )
@@ -114,12 +97,6 @@ def add_zo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     surrogate.add_argument(
         "--student-steps", type=cli.positive_int, default=2, help="its optimiser steps after each step (default 2)"
-    )
-    surrogate.add_argument(
-        "--slope-weight", type=cli.non_negative_float, default=0.0, help="of slopes beside answers (default 0)"
-    )
-    surrogate.add_argument(
-        "--checked", type=cli.non_negative_int, default=16, help="images a step whose slope is measured (default 16)"
     )
     surrogate.add_argument(
         "--extra", type=cli.non_negative_int, default=0, help="images a step of which only it is asked (default 0)"

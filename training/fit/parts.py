@@ -3,78 +3,62 @@
 import argparse
 import math
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import torch
 from pydantic import JsonValue
 
 from defense.artifact import MethodName
-from defense.autoencoders import Autoencoder
-from defense.denoisers import WienerUNetDenoiser
 from defense.estimators import (
-    FEWEST_TERMS,
-    Basis,
-    Combination,
-    ControlVariate,
     CoordinateGradientEstimator,
-    DecoderTangents,
     Difference,
     Directions,
     Estimator,
     ExactGradient,
     Extrapolation,
-    FixedSpan,
     Guided,
     Isotropic,
     LocalGradientEstimator,
     RandomGradientEstimator,
     Subspace,
     SurrogateGradient,
-    SurrogateSpan,
     low_frequencies,
 )
 from defense.sanitizer import Sanitizer
 from defense.surrogates import Surrogate, SurrogateSettings
 from defense.victims import MeteredVictim, QueryLedger
 from defense.votes import VotingVictim
-from training import pretrain
 from training.command.errors import UserError
-from training.data.datasets import Splits
 from training.fit.options import AUTO
 from training.fit.settings import FitSettings
 from training.fit.student import Student
 from training.measure.endpoints import Endpoint
 
 _LARGEST_WARM_UP = 20_000  # queries, unless told: the others are asked where the sanitizer is by then
-_OF_RGE = ("sampling", "subspace", "guided", "control_variate", "combine")
-_OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "slope_weight", "keep_surrogate")
+_OF_RGE = ("sampling", "subspace", "guided")
+_OF_THE_SURROGATE = ("warm_up", "warm_up_steps", "student_steps", "keep_surrogate")
 
 
 def uses_surrogate(arguments: argparse.Namespace) -> bool:
     """Whether the method needs a student of the victim."""
-    flags = arguments.guided or arguments.control_variate or arguments.subspace == "surrogate" or arguments.extra
-    return bool(arguments.estimator == "surrogate" or (arguments.estimator == "rge" and flags))
+    of_rge = arguments.estimator == "rge" and (arguments.guided or arguments.extra)
+    return bool(arguments.estimator == "surrogate" or of_rge)
 
 
 def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raises UserError for a flag that would be ignored beside the others."""
     rge, surrogate = arguments.estimator == "rge", uses_surrogate(arguments)
-    subspace = arguments.subspace in ("dct", "components", "surrogate")
     applies = {
         **dict.fromkeys(_OF_RGE, (rge, "--estimator rge")),
         "directions": (rge or arguments.estimator == "local", "--estimator rge or local"),
         "window": (arguments.estimator == "local", "--estimator local"),
-        **dict.fromkeys(("rank", "rotated"), (rge and subspace, "a --subspace of that kind")),
+        "rank": (rge and arguments.subspace == "dct", "--subspace dct"),
         **dict.fromkeys(_OF_THE_SURROGATE, (surrogate, "a method with a surrogate")),
         "extra": (rge or arguments.estimator == "surrogate", "--estimator rge or surrogate"),
-        "checked": (arguments.estimator == "surrogate", "--estimator surrogate"),
         "vote_noise": (arguments.votes > 1, "--votes"),
     }
     for name, (meaningful, where) in applies.items():
         if not meaningful and getattr(arguments, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} means nothing without {where}: leave it out")
-    if arguments.guided and arguments.control_variate:
-        raise UserError("--guided measures what --control-variate would predict: leave one of them out")
     if uses_surrogate(arguments) and arguments.warm_up and arguments.warm_up >= arguments.max_queries:
         raise UserError(
             f"--warm-up {arguments.warm_up} leaves nothing of --max-queries {arguments.max_queries}: lower it"
@@ -83,13 +67,11 @@ def refuse_meaningless(arguments: argparse.Namespace, parser: argparse.ArgumentP
 
 def needs_differences(arguments: argparse.Namespace) -> bool:
     """Whether the method takes finite differences of the victim's answers, and so a step that its noise allows."""
-    return arguments.estimator != "exact" and not (arguments.estimator == "surrogate" and arguments.checked == 0)
+    return arguments.estimator not in ("exact", "surrogate")
 
 
 def difference_of(arguments: argparse.Namespace) -> Difference:
     """How the method takes slopes."""
-    if arguments.estimator == "surrogate":
-        return "forward"
     difference: Difference = arguments.difference or ("central" if arguments.estimator == "cge" else "forward")
     return difference
 
@@ -101,33 +83,27 @@ def surrogate_settings(arguments: argparse.Namespace) -> SurrogateSettings:
         warm_up=warm_up,
         warm_up_steps=arguments.warm_up_steps or math.ceil(warm_up / 10),
         steps=arguments.student_steps,
-        slope_weight=arguments.slope_weight,
     )
 
 
-def build_estimator(
-    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
-) -> Estimator:
+def build_estimator(arguments: argparse.Namespace, sanitizer: Sanitizer, mu: float) -> Estimator:
     """The estimator that the arguments name.
 
     Args:
         arguments: Those of `add_zo_arguments`.
         sanitizer: What will be trained.
-        autoencoder: The pre-trained one, for --subspace decoder.
         mu: The step of finite differences.
 
     Raises:
         UserError: The arguments do not fit each other, or the sanitizer.
     """
-    estimator = _estimator_of_batch(arguments, sanitizer, autoencoder, mu)
+    estimator = _estimator_of_batch(arguments, sanitizer, mu)
     if arguments.extra and not isinstance(estimator, SurrogateGradient):
         return Extrapolation(estimator, arguments.batch)
     return estimator
 
 
-def _estimator_of_batch(
-    arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None, mu: float
-) -> Estimator:
+def _estimator_of_batch(arguments: argparse.Namespace, sanitizer: Sanitizer, mu: float) -> Estimator:
     """The estimator at the images that are paid for; the surrogate's own gradient also at those that are not."""
     difference = difference_of(arguments)
     match arguments.estimator:
@@ -141,64 +117,30 @@ def _estimator_of_batch(
             except ValueError as error:
                 raise UserError(f"--window: {error}") from error
         case "surrogate":
-            if 0 < min(arguments.checked, arguments.batch) < arguments.checked:
-                raise UserError(f"--checked {arguments.checked} is more than --batch {arguments.batch}: lower it")
-            try:
-                return SurrogateGradient(arguments.checked, mu, asked=arguments.batch)
-            except ValueError as error:
-                raise UserError(f"--checked: {error}") from error
+            return SurrogateGradient(asked=arguments.batch)
         case "exact":
             return ExactGradient()
-    where = _directions(arguments, sanitizer, autoencoder)
+    where = _directions(arguments, sanitizer)
     if arguments.guided:
-        where = Guided(where)
-    combine: Combination = "projection" if arguments.guided else arguments.combine
-    try:
-        random = RandomGradientEstimator(arguments.directions, mu, where, difference, combine)
-    except ValueError as error:
-        raise UserError(f"{error} (--combine projection)") from error
-    if arguments.control_variate and (arguments.batch - 1) * arguments.directions < FEWEST_TERMS:
-        raise UserError("too few slopes to ever trust a control variate: raise --batch or --directions")
-    return ControlVariate(random) if arguments.control_variate else random
+        return RandomGradientEstimator(arguments.directions, mu, Guided(where), difference, "projection")
+    return RandomGradientEstimator(arguments.directions, mu, where, difference)
 
 
-def _directions(arguments: argparse.Namespace, sanitizer: Sanitizer, autoencoder: Autoencoder | None) -> Directions:
+def _directions(arguments: argparse.Namespace, sanitizer: Sanitizer) -> Directions:
     if arguments.subspace == "none":
         _refuse_too_many(arguments, sanitizer.border_dimension)
         return Isotropic(arguments.sampling)
     if sanitizer.autoencoder is not None:
         raise UserError("--subspace is one of image space: add --sanitizer denoiser")
-    basis: Basis
-    match arguments.subspace:
-        case "decoder":
-            assert autoencoder is not None  # loaded for this
-            count = arguments.directions - (1 if arguments.guided else 0)
-            if count > autoencoder.code_dimension:
-                raise UserError(f"the code has {autoencoder.code_dimension} tangents, not {count}: lower --directions")
-            return DecoderTangents(autoencoder)
-        case "surrogate":
-            rank = arguments.rank
-            if rank > arguments.batch:
-                raise UserError(f"--rank {rank} needs the gradients of as many images: raise --batch, or lower it")
-            basis = SurrogateSpan(rank)
-        case "components":
-            if not isinstance(sanitizer.denoiser, WienerUNetDenoiser):
-                raise UserError("--subspace components takes those of the denoiser wiener-unet: use that one")
-            rows, rank = sanitizer.denoiser.components.basis, arguments.rank
-            if rank > len(rows):
-                raise UserError(f"the denoiser has {len(rows)} principal components, not {rank}: lower --rank")
-            basis = FixedSpan(rows[:rank].clone())
-        case _:
-            side = round((arguments.rank / sanitizer.config.input.channels) ** 0.5)
-            try:
-                basis = FixedSpan(low_frequencies(sanitizer.config.input.dimensions, side))
-            except ValueError as error:
-                raise UserError(f"{error}: choose another --rank, channels times a square") from error
-            rank = len(basis.rows)
-            if rank != arguments.rank:
-                raise UserError(f"--rank has to be channels times a square, for instance {rank}")
-    _refuse_too_many(arguments, rank)
-    return Subspace(basis, rank, arguments.sampling, arguments.rotated)
+    side = round((arguments.rank / sanitizer.config.input.channels) ** 0.5)
+    try:
+        rows = low_frequencies(sanitizer.config.input.dimensions, side)
+    except ValueError as error:
+        raise UserError(f"{error}: choose another --rank, channels times a square") from error
+    if len(rows) != arguments.rank:
+        raise UserError(f"--rank has to be channels times a square, for instance {len(rows)}")
+    _refuse_too_many(arguments, len(rows))
+    return Subspace(rows, arguments.sampling)
 
 
 def _refuse_too_many(arguments: argparse.Namespace, dimension: int) -> None:
@@ -245,14 +187,6 @@ def fit_settings(arguments: argparse.Namespace) -> FitSettings:
     )
 
 
-def load_decoder(arguments: argparse.Namespace, splits: Splits, device: torch.device) -> Autoencoder | None:
-    """The pre-trained autoencoder, where the method needs its decoder beside a sanitizer that has none."""
-    if arguments.subspace != "decoder" or arguments.sanitizer != "denoiser":
-        return None
-    folder: Path = arguments.pretrained or arguments.out / "pretrained"
-    return pretrain.load(folder, "denoiser+autoencoder", splits, arguments.sigma).to(device).autoencoder
-
-
 def metered(client: Endpoint, ledger: QueryLedger, arguments: argparse.Namespace) -> MeteredVictim:
     """The victim behind its ledger, and behind votes where they are asked for."""
     if arguments.votes == 1:
@@ -289,8 +223,5 @@ def build_student(
     if not uses_surrogate(arguments):
         return None
     shape = sanitizer.config.input.dimensions
-    try:
-        surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
-    except ValueError as error:
-        raise UserError(f"--slope-weight: {error}") from error
+    surrogate = Surrogate(shape, classes, surrogate_settings(arguments), arguments.seed, device, positions)
     return Student(surrogate, arguments.out, writes=writes)

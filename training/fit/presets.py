@@ -19,8 +19,7 @@ _FAST: Final = "--learning-rate 3e-4 --schedule cosine --averaging 0.95 --clip 5
 # A surrogate is worth the more the longer it has learned and the slower the denoiser leaves what it has learned.
 _SLOW: Final = "--warm-up-steps 2400 --learning-rate 2e-4 --schedule cosine --averaging 0.98 --clip 5"
 _TRUSTED: Final = f"--batch 32 --extra 32 --validate-every 100 {_SLOW}"
-_FOLLOWED: Final = "--estimator surrogate --checked 0"
-_PROJECTED: Final = "--sampling orthonormal --combine projection"
+_FOLLOWED: Final = "--estimator surrogate"
 
 PRESETS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -30,9 +29,6 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         "zo-ae-ds-cge": f"{_AE_DS} {_CGE} --batch 4",
         "local": f"{_DS} --estimator local --window 9 --directions 4 --batch 32 --clip 5 "
         "--learning-rate 5e-5 --schedule cosine --averaging 0.9 --validate-every 20",
-        "dct": f"{_DS} --subspace dct --rank 64 --rotated 0.25 {_PROJECTED} --directions 4 --batch 128",
-        "decoder": f"{_DS} --subspace decoder {_PROJECTED} --directions 4 --batch 128",
-        "control-variate": f"{_DS} --batch 32 {_FAST} --control-variate --directions 1 --difference forward",
         "surrogate": f"{_DS} --batch 32 --extra 32 --validate-every 200 {_SLOW} {_FOLLOWED}",
         # For budgets that hold a few hundred of those steps only: a quarter of the queries a step, and much more time.
         "surrogate-small": f"{_DS} --batch 8 --extra 56 --validate-every 600 {_SLOW} {_FOLLOWED}",
@@ -40,7 +36,6 @@ PRESETS: Final[Mapping[str, str]] = MappingProxyType(
         # Masks suffer more than classes do where the pass that sees no noise blurs: hence the images with less noise.
         "surrogate-dense": f"{_DS} --batch 16 --extra 16 --validate-every 100 {_SLOW} {_FOLLOWED} "
         "--warm-up-steps 1000 --less-noise 0.5",
-        "checked": f"{_DS} {_TRUSTED} --estimator surrogate --checked 8",
         "guided": f"{_DS} {_TRUSTED} --guided --directions 1",
         "guided-dct": f"{_DS} {_TRUSTED} --guided --subspace dct --rank 64 --sampling orthonormal --directions 4",
         "guided-auto": f"--sanitizer auto {_TRUSTED} --guided --directions 1",

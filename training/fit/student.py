@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from defense.objectives import ScoreKind
-from defense.surrogates import Answers, Surrogate
+from defense.surrogates import Surrogate
 from training.command.errors import UserError
 from training.fit.checkpoint import optimizer_tensors, prefixed, restore_optimizer, under
 
@@ -34,7 +34,7 @@ class Student:
         self.folder = run / FOLDER_NAME
         self.trained = False
         self.writes = writes
-        self._saved = {"values": 0, "slopes": 0}
+        self._saved = 0
 
     def watch(self, z: Tensor, points: Tensor, owners: Tensor, images: Tensor, scores: Tensor, kind: ScoreKind) -> None:
         """Learns from one call of the black box.
@@ -50,31 +50,22 @@ class Student:
         at_z = (points.flatten(1) == z.flatten(1)[owners]).all(1).nonzero().squeeze(1)
         if not len(at_z):  # central differences: any one of an image's points stands for it
             at_z = torch.stack([(owners == owner).nonzero()[0, 0] for owner in owners.unique()])
-            self.surrogate.observe(images[at_z], scores[at_z], kind)
-            return
         self.surrogate.observe(images[at_z], scores[at_z], kind)
-        if self.surrogate.settings.slope_weight > 0 and len(points) > len(at_z):
-            place = torch.empty(len(z), dtype=torch.int64, device=owners.device)
-            place[owners[at_z]] = at_z
-            other = torch.ones(len(points), dtype=torch.bool, device=owners.device)
-            other[at_z] = False
-            base = place[owners[other]]
-            self.surrogate.observe_slopes(images[base], images[other] - images[base], scores[base], scores[other], kind)
 
     def save(self) -> dict[str, Tensor]:
         """Writes the answers that are new, and returns what belongs into the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, answers in self._tables().items():
-            for column, rows in answers.rows(self._saved[name]).items():
-                with self._file(name, column).open("ab") as file:
-                    file.write(rows.contiguous().numpy().tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())  # the checkpoint that names them is written through, too
-            self._saved[name] = len(answers)
+        answers = self.surrogate.values
+        for column, rows in answers.rows(self._saved).items():
+            with self._file(column).open("ab") as file:
+                file.write(rows.contiguous().numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())  # the checkpoint that names them is written through, too
+        self._saved = len(answers)
         return {
             **prefixed("network", self.surrogate.network.state_dict()),
             **prefixed("optimizer", optimizer_tensors(self.surrogate.optimizer)),
-            **{f"count/{name}": torch.tensor(count) for name, count in self._saved.items()},
+            "count/values": torch.tensor(self._saved),
             "generator": self.surrogate.generator.get_state(),
             "trained": torch.tensor(self.trained),
         }
@@ -85,16 +76,12 @@ class Student:
         restore_optimizer(self.surrogate.optimizer, under("optimizer", tensors))
         self.surrogate.generator.set_state(tensors["generator"])
         self.trained = bool(tensors["trained"])
-        for name, answers in self._tables().items():
-            count = int(tensors[f"count/{name}"])
-            rows = {}
-            for column, empty in answers.rows().items():
-                rows[column] = self._read(self._file(name, column), empty, count)
-            answers.append(rows)
-            self._saved[name] = count
+        answers, self._saved = self.surrogate.values, int(tensors["count/values"])
+        answers.append({name: self._read(self._file(name), empty) for name, empty in answers.rows().items()})
 
-    def _read(self, path: Path, empty: Tensor, count: int) -> Tensor:
-        """The first `count` rows of a column's file, which is cut to them."""
+    def _read(self, path: Path, empty: Tensor) -> Tensor:
+        """The saved rows of a column's file, which is cut to them."""
+        count = self._saved
         size = count * math.prod(empty.shape[1:]) * empty.element_size()
         data = bytearray(path.read_bytes()[:size]) if path.exists() else bytearray()
         if len(data) < size:
@@ -112,8 +99,5 @@ class Student:
         if self.folder.exists():
             self.folder.rmdir()
 
-    def _tables(self) -> dict[str, Answers]:
-        return {"values": self.surrogate.values, "slopes": self.surrogate.slopes}
-
-    def _file(self, table: str, column: str) -> Path:
-        return self.folder / f"{table}-{column}.rows"
+    def _file(self, column: str) -> Path:
+        return self.folder / f"values-{column}.rows"

@@ -16,7 +16,6 @@ from defense.segmentation_smoothing import (
     certify_mask_counts,
     holm,
     mask_radius,
-    predict_mask,
     predict_mask_counts,
 )
 from defense.smoothing import ABSTAIN, predict_counts, sample_counts
@@ -185,15 +184,12 @@ def test_some_prediction_is_wrong_no_more_often_than_alpha():
 
 def test_the_prediction_is_the_smoothed_segmenters_or_none():
     image = torch.linspace(0, 1, 64).view(1, 8, 8)
-    settings = {"sigma": 0.25, "n": 400, "alpha": 0.001}
-    labels = predict_mask(threshold, image, **settings, generator=generator(), batch=128)
+    labels = predict_mask_counts(sample_counts(threshold, image, n=400, sigma=0.25, generator=generator()), alpha=0.001)
     settled = labels != ABSTAIN
     assert labels.dtype == torch.int64
     assert (labels[settled] == (image[0] > 0.5)[settled].long()).all()
     assert settled[(image[0] - 0.5).abs() > 0.15].all()
     assert not settled[(image[0] - 0.5).abs() < 0.01].any()
-    with pytest.raises(InvalidAnswer, match="a class for every pixel"):
-        predict_mask(lambda images: threshold(images).mean((2, 3)), image, **settings, generator=generator())
     with pytest.raises(ValueError, match="same number of samples"):
         predict_mask_counts(torch.tensor([[[3, 9]], [[0, 0]]]), alpha=0.1)
 

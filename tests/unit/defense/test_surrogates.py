@@ -73,41 +73,6 @@ def test_one_hot_answers_do_not_make_the_divergence_infinite():
     assert 0 < student.learn(3) < 20
 
 
-def test_slopes_are_learned_too():
-    """Answers alone at few images say little of the slopes; with the slopes the student's own come closer."""
-    seen = images(200)
-    generator = torch.Generator().manual_seed(2)
-    direction = torch.randn(seen.shape, generator=generator)
-    steps = 0.01 * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-    def slope_error(weight: float) -> float:
-        student = surrogate(slope_weight=weight)
-        student.observe(seen, victim(seen), "probabilities")
-        student.observe_slopes(seen, steps, victim(seen), victim(seen + steps), "probabilities")
-        student.learn(150, from_scratch=True)
-        rows = student.slopes.rows()
-        unit = rows["directions"].float() / rows["lengths"].view(-1, 1, 1, 1)
-        with torch.no_grad():
-            at = rows["images"].float() / 255
-            own = (student.network(at + 0.01 * unit).log_softmax(1) - student.network(at).log_softmax(1)) / 0.01
-        return float((own - rows["answers"]).square().mean())
-
-    assert slope_error(1.0) < 0.7 * slope_error(0.0)
-
-
-def test_steps_of_no_length_are_no_slopes():
-    student = surrogate(slope_weight=1.0)
-    steps = torch.zeros(3, *SHAPE)
-    steps[1, 0, 0, 0] = 0.1
-    seen = images(3)
-    student.observe_slopes(seen, steps, victim(seen), victim(seen + steps), "probabilities")
-    assert len(student.slopes) == 1
-    row = student.slopes.rows()
-    expected = (victim(seen + steps)[1].log() - victim(seen)[1].log()) / 0.1
-    torch.testing.assert_close(row["answers"][0], expected, atol=1e-3, rtol=1e-3)
-    assert row["lengths"].item() == 127
-
-
 def test_the_seed_decides_and_the_global_generator_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -142,8 +107,3 @@ def test_the_student_of_a_segmenter_learns_its_masks_and_their_gradient():
     (learned,) = torch.autograd.grad(student.loss(points, targets).sum(), points)
     (true,) = torch.autograd.grad(stability_loss(segmenter(points), targets, "probabilities").sum(), points)
     assert torch.nn.functional.cosine_similarity(learned.flatten(1), true.flatten(1)).median() > 0.5
-
-
-def test_slopes_of_masks_are_refused():
-    with pytest.raises(ValueError, match="from classifiers only"):
-        Surrogate(SHAPE, 2, SurrogateSettings(slope_weight=0.1), seed=0, device=CPU, positions=SHAPE[1:])

@@ -339,7 +339,7 @@ def test_a_victim_that_answers_labels_only_is_learned_from_by_votes_and_each_is_
 
 def test_a_method_without_differences_learns_from_labels_and_probes_for_less(fit, endpoint, tmp_path):
     endpoint.answer = labels_only
-    flags = ["--estimator", "surrogate", "--checked", "0", "--warm-up", "40", "--warm-up-steps", "2"]
+    flags = ["--estimator", "surrogate", "--warm-up", "40", "--warm-up-steps", "2"]
     assert fit("--steps", "1", "--max-queries", "5000", *flags) == 0
     manifest = load_artifact(tmp_path / "out").manifest
     assert manifest.queries["probe"] == probe_queries(32, needs_differences=False) + 1 == 81

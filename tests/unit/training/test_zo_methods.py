@@ -15,7 +15,7 @@ from training.fit.progress import CURVES
 from training.fit.student import FOLDER_NAME, Student
 
 SURROGATE = ["--sanitizer", "denoiser", "--warm-up", "40", "--warm-up-steps", "4"]
-GUIDED = [*SURROGATE, "--guided", "--slope-weight", "0.1"]
+GUIDED = [*SURROGATE, "--guided"]
 
 
 def history(folder):
@@ -26,19 +26,12 @@ def history(folder):
     "arguments",
     [
         GUIDED,
-        [*SURROGATE, "--control-variate"],
-        [*SURROGATE, "--control-variate", "--sampling", "orthonormal", "--combine", "projection"],
-        [*SURROGATE, "--control-variate", "--difference", "central"],
-        [*SURROGATE, "--estimator", "surrogate", "--checked", "0"],
-        [*SURROGATE, "--estimator", "surrogate", "--checked", "5", "--batch", "8"],
-        [*SURROGATE, "--subspace", "surrogate", "--rank", "4", "--combine", "projection"],
+        [*SURROGATE, "--estimator", "surrogate"],
         [*GUIDED, "--subspace", "dct", "--rank", "16", "--sampling", "orthonormal"],
         ["--guided", "--warm-up", "40", "--warm-up-steps", "4"],  # over the code
-        ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16", "--rotated", "0.25"],
+        ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16"],
         [*GUIDED, "--extra", "6"],
-        [*SURROGATE, "--estimator", "surrogate", "--checked", "0", "--extra", "6"],
-        ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"],
-        ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection"],
+        [*SURROGATE, "--estimator", "surrogate", "--extra", "6"],
         ["--sanitizer", "auto", "--schedule", "cosine", "--averaging", "0.5", "--less-noise", "0.5"],
     ],
     ids=" ".join,
@@ -99,7 +92,7 @@ def test_a_finished_run_that_goes_on_pays_for_another_surrogate(fit, tmp_path):
     assert load_artifact(tmp_path / "out").manifest.queries["surrogate"] == 2 * 40
 
 
-COMPONENTS = ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "8"]
+DCT = ["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "16"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +100,7 @@ COMPONENTS = ["--sanitizer", "denoiser", "--subspace", "components", "--rank", "
     [
         (440, [*GUIDED, "--keep-surrogate"]),  # in the warm-up's queries
         (520, [*GUIDED, "--extra", "3", "--keep-surrogate"]),  # in the first steps'
-        (490, COMPONENTS),
+        (490, DCT),
     ],
 )
 def test_a_run_resumes_to_where_the_unbroken_run_ends(fit, endpoint, tmp_path, fails_after, method):
@@ -166,27 +159,29 @@ def test_the_exact_gradient_of_an_open_model_trains(fit, tmp_path):
     assert min(entry["loss"] for entry in entries) < 0.97 * entries[0]["loss"]
 
 
+def test_a_run_of_an_older_version_goes_on_where_settings_that_are_gone_changed_nothing(fit, tmp_path, capsys):
+    run = ["--sanitizer", "denoiser", "--averaging", "0.5"]
+    assert fit("--steps", "2", *run) == 0
+    checkpoint = Checkpoint.load(tmp_path / "out")
+    former = {"checked": 16, "combine": "unbiased", "control_variate": False, "rotated": 0.0, "slope_weight": 0.0}
+    checkpoint.state["settings"].update(former)
+    checkpoint.save(tmp_path / "out")
+    assert fit("--steps", "3", *run, "--resume") == 0
+    checkpoint.state["settings"]["control_variate"] = True
+    checkpoint.save(tmp_path / "out")
+    assert fit("--steps", "4", *run, "--resume") == 2
+    assert "control_variate was True" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--subspace", "dct"], "add --sanitizer denoiser"),
-        (["--sanitizer", "denoiser", "--subspace", "surrogate", "--rank", "9"], "raise --batch"),
-        (["--sanitizer", "denoiser", "--subspace", "decoder"], "--combine projection"),
         (["--sanitizer", "denoiser", "--subspace", "dct", "--rank", str(4 * SIZE**2)], "choose another --rank"),
-        (["--estimator", "surrogate", "--checked", "3"], "check none, or at least 5"),
-        (["--estimator", "surrogate", "--checked", "16"], "more than --batch 4"),
-        (["--guided", "--control-variate"], "leave one of them out"),
-        (["--control-variate", "--directions", "1"], "too few slopes"),
         (["--estimator", "cge", "--guided"], "--guided means nothing without --estimator rge"),
-        (["--rank", "16"], "--rank means nothing without a --subspace"),
-        (["--slope-weight", "1"], "--slope-weight means nothing without a method with a surrogate"),
-        (["--checked", "8"], "--checked means nothing without --estimator surrogate"),
+        (["--rank", "16"], "--rank means nothing without --subspace dct"),
+        (["--student-steps", "1"], "--student-steps means nothing without a method with a surrogate"),
         (["--sanitizer", "denoiser", "--subspace", "dct", "--rank", "60"], "for instance 64"),
-        (["--sanitizer", "denoiser", "--subspace", "components", "--rank", "99"], "principal components, not 99"),
-        (
-            ["--sanitizer", "denoiser", "--subspace", "decoder", "--combine", "projection", "--directions", "9"],
-            "the code has 8 tangents, not 9",
-        ),
         (["--guided", "--warm-up", "900", "--max-queries", "900"], "leaves nothing of --max-queries 900"),
     ],
 )

@@ -29,7 +29,7 @@ def history(folder):
         [*DENOISER, "--directions", "3", "--subspace", "dct", "--rank", "16"],
         [*DENOISER, "--estimator", "local", "--directions", "3"],
         [*DENOISER, "--estimator", "local", "--directions", "3", "--window", "5"],
-        [*SURROGATE, "--estimator", "surrogate", "--checked", "0", "--extra", "4"],
+        [*SURROGATE, "--estimator", "surrogate", "--extra", "4"],
         [*SURROGATE, "--guided", "--directions", "2"],
         [*DENOISER, "--estimator", "exact"],
     ],
@@ -47,7 +47,7 @@ def test_every_method_trains_on_masks_and_accounts_for_what_it_sent(fit, endpoin
     assert state.tensors["targets"].shape == (60, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("method", [["--estimator", "local"], ["--estimator", "surrogate", "--checked", "0"]])
+@pytest.mark.parametrize("method", [["--estimator", "local"], ["--estimator", "surrogate"]])
 def test_it_improves_what_is_validated(fit, tmp_path, method):
     learning = ["--learning-rate", "0.001", "--mse-weight", "0", "--batch", "16", "--mu", "0.1"]
     more = (
@@ -59,7 +59,7 @@ def test_it_improves_what_is_validated(fit, tmp_path, method):
 
 
 def test_a_run_resumes_to_where_the_unbroken_run_ends(fit, endpoint, tmp_path):
-    run = ["--steps", "5", *SURROGATE, "--estimator", "surrogate", "--checked", "0", "--keep-surrogate"]
+    run = ["--steps", "5", *SURROGATE, "--estimator", "surrogate", "--keep-surrogate"]
     assert fit(*run, out="unbroken") == 0
     total, endpoint.received = endpoint.received, 0
     endpoint.fails_after = total - 30

@@ -41,4 +41,4 @@ def test_every_preset_makes_an_estimator(name):
     shape = ImageShape(channels=1, height=64, width=64)
     both = Sanitizer(SanitizerConfig(input=shape))
     sanitizer = both.denoiser_alone() if arguments.sanitizer == "denoiser" else both
-    assert build_estimator(arguments, sanitizer, both.autoencoder, 0.01).evaluations(256) >= 1
+    assert build_estimator(arguments, sanitizer, 0.01).evaluations(256) >= 1

@@ -6,9 +6,8 @@ from training.fit.student import Student
 SHAPE = (1, 8, 8)
 
 
-def student(folder, slope_weight=1.0) -> Student:
-    settings = SurrogateSettings(slope_weight=slope_weight)
-    return Student(Surrogate(SHAPE, 2, settings, seed=0, device=torch.device("cpu")), folder)
+def student(folder) -> Student:
+    return Student(Surrogate(SHAPE, 2, SurrogateSettings(), seed=0, device=torch.device("cpu")), folder)
 
 
 def call(count: int, directions: int, seed: int = 0):
@@ -22,20 +21,12 @@ def call(count: int, directions: int, seed: int = 0):
     return z, points, owners, points.clamp(0, 1), scores
 
 
-def test_values_are_taken_at_the_points_and_slopes_around_them(tmp_path):
+def test_answers_are_taken_at_the_points_themselves(tmp_path):
     seen = student(tmp_path)
     z, points, owners, images, scores = call(3, 4)
     seen.watch(z, points, owners, images, scores, "probabilities")
     assert len(seen.surrogate.values) == 3
     torch.testing.assert_close(seen.surrogate.values.rows()["images"].float() / 255, z, atol=0.003, rtol=0)
-    assert len(seen.surrogate.slopes) == 12
-
-
-def test_without_weight_no_slopes_are_kept(tmp_path):
-    seen = student(tmp_path, slope_weight=0.0)
-    seen.watch(*call(3, 4), "probabilities")
-    assert len(seen.surrogate.values) == 3
-    assert len(seen.surrogate.slopes) == 0
 
 
 def test_of_central_differences_one_point_an_image_is_taken(tmp_path):
@@ -43,7 +34,6 @@ def test_of_central_differences_one_point_an_image_is_taken(tmp_path):
     z, points, owners, images, scores = call(3, 4)
     seen.watch(z + 1, points, owners, images, scores, "probabilities")
     assert len(seen.surrogate.values) == 3
-    assert len(seen.surrogate.slopes) == 0
 
 
 def test_it_outlives_a_kill_as_of_its_last_save(tmp_path):
@@ -60,7 +50,6 @@ def test_it_outlives_a_kill_as_of_its_last_save(tmp_path):
     second.restore(tensors)
     assert second.trained
     assert len(second.surrogate.values) == 6
-    assert len(second.surrogate.slopes) == 12
     for name, rows in second.surrogate.values.rows().items():
         assert torch.equal(rows, expected[name])
     # It goes on as the first would have from there, and its files with it.

@@ -1,0 +1,102 @@
+"""The surrogate's own gradient, followed as it is or at the rate that measured gradients allow."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defense.errors import BudgetExhausted
+from defense.estimators.base import Estimate, Estimator, Loss
+
+_SIGNIFICANT = 2.0  # standard errors
+
+
+@dataclass(frozen=True)
+class SurrogateGradient:
+    """The surrogate's gradient itself, biased by whatever the surrogate does not know.
+
+    The black box is evaluated once at each image that is asked about: from the answer the surrogate learns.
+
+    Attributes:
+        asked: Images of a batch, its first ones, about which the black box is asked; the others cost nothing. None:
+            all.
+    """
+
+    asked: int | None = None
+
+    def evaluations(self, dimension: int) -> int:
+        """One for each point that is asked about."""
+        return 1
+
+    def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
+        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
+
+        The loss of an image that is not asked about is NaN.
+        """
+        images = len(z)
+        known = loss.surrogate_gradient(z)
+        asked = images if self.asked is None else min(self.asked, images)
+        if budget is not None and budget < asked:
+            raise BudgetExhausted(f"a budget of {budget} evaluations does not hold {asked} images")
+        with torch.no_grad():
+            values = loss.black_box(z.detach()[:asked], torch.arange(asked, device=z.device))
+        at_z = values.new_full((images,), torch.nan)
+        at_z[:asked] = values
+        return Estimate(known, at_z, asked)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Measures some images of a batch, and takes the surrogate's word for the others, at the rate of the measured ones.
+
+    The gradient of the parameters is an average over images, and which images are in a batch is most of its noise
+    (docs/theory.md, formula 9). The surrogate's gradient h costs no query, so a batch may hold many more images than
+    are paid for: g = beta h at those, beta by least squares of the measured gradients on the surrogate's, zero where
+    these do not confirm it.
+
+    Attributes:
+        inner: For the measured images, the first ones of a batch.
+        measured: How many they are.
+    """
+
+    inner: Estimator
+    measured: int
+
+    def evaluations(self, dimension: int) -> int:
+        """As many as the inner estimator's, for a measured point; none for the others."""
+        return self.inner.evaluations(dimension)
+
+    def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
+        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
+
+        The loss of an image that is not measured is NaN.
+        """
+        few = min(self.measured, len(z))
+        known = loss.surrogate_gradient(z)
+        found = self.inner(z[:few], loss, generator, budget)
+        beta = trusted_factor(found.gradient.flatten(1), known[:few].flatten(1))
+        return Estimate(
+            torch.cat([found.gradient, beta * known[few:]]),
+            torch.cat([found.loss, found.loss.new_full((len(z) - few,), torch.nan)]),
+            found.spent,
+        )
+
+
+def trusted_factor(measured: Tensor, known: Tensor) -> Tensor:
+    """Least squares beta = sum g.h / sum |h|^2; 0 where the products g.h are not positive by two standard errors.
+
+    So a surrogate that knows nothing changes nothing. The standard error is that of a sum of independent terms of mean
+    zero and whatever size, the root of their summed squares: gradients of different images differ by orders of
+    magnitude. It takes more than four terms of one size to be significant.
+
+    Args:
+        measured: (..., N, d) vectors g.
+        known: (..., N, d) vectors h.
+
+    Returns:
+        (...) factors.
+    """
+    products = (measured * known).sum(-1)
+    total = products.sum(-1)
+    trusted = total > _SIGNIFICANT * products.square().sum(-1).sqrt()
+    return torch.where(trusted, total / known.square().sum((-2, -1)).clamp_min(1e-30), 0.0)
