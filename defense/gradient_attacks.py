@@ -46,8 +46,8 @@ def pgd(objective: Objective, x: Tensor, epsilon: float, *, norm: Norm, alpha: f
         if norm == "linf":
             delta = (x_t + alpha * gradient.sign() - x).clamp(-epsilon, epsilon)
         else:
-            delta = x_t + alpha * gradient / _norms(gradient).clamp_min(_TINY) - x
-            delta = delta * (epsilon / _norms(delta).clamp_min(_TINY)).clamp_max(1)
+            delta = x_t + alpha * gradient / l2_norms(gradient).clamp_min(_TINY) - x
+            delta = delta * (epsilon / l2_norms(delta).clamp_min(_TINY)).clamp_max(1)
         x_t = (x + delta).clamp(0, 1)
     return x_t
 
@@ -69,21 +69,21 @@ def ddn(objective: Objective, x: Tensor, *, steps: int, epsilon: float = 1.0, ga
     Returns:
         (N,C,H,W), the closest image whose answer was wrong; x where there was none.
     """
-    furthest = _norms(torch.maximum(x, 1 - x))
+    furthest = l2_norms(torch.maximum(x, 1 - x))
     best, best_norm = torch.zeros_like(x), furthest
     delta, radius = torch.zeros_like(x), torch.full_like(furthest, epsilon)
     for t in range(steps):
         gradient, held = _gradient(objective, x + delta, t)
-        wrong, norm = ~held.view_as(radius), _norms(delta)
+        wrong, norm = ~held.view_as(radius), l2_norms(delta)
         closer = wrong & (norm <= best_norm)
         best, best_norm = torch.where(closer, delta, best), torch.where(closer, norm, best_norm)
-        flat = _norms(gradient) == 0
+        flat = l2_norms(gradient) == 0
         if flat.any():
             gradient = torch.where(flat, torch.randn_like(gradient), gradient)
         alpha = 0.01 + 0.99 * (1 + math.cos(math.pi * t / steps)) / 2
-        delta = delta + alpha * gradient / _norms(gradient).clamp_min(_TINY)
+        delta = delta + alpha * gradient / l2_norms(gradient).clamp_min(_TINY)
         radius = torch.minimum(radius * torch.where(wrong, 1 - gamma, 1 + gamma), furthest)
-        delta = delta * (radius / _norms(delta).clamp_min(_TINY))
+        delta = delta * (radius / l2_norms(delta).clamp_min(_TINY))
         delta = (x + delta).clamp(0, 1) - x
     return x + best
 
@@ -96,9 +96,10 @@ def _gradient(objective: Objective, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
     return gradient, held
 
 
-def _norms(images: Tensor) -> Tensor:
+def l2_norms(images: Tensor) -> Tensor:
     """(N,1,1,1) L2 norms."""
-    return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return norms
 
 
 def _in_ball(x: Tensor, epsilon: float, norm: Norm) -> Tensor:
@@ -107,5 +108,5 @@ def _in_ball(x: Tensor, epsilon: float, norm: Norm) -> Tensor:
         return torch.empty_like(x).uniform_(-epsilon, epsilon)
     # The first n of n + 2 coordinates of a point on the sphere are uniform in the ball (Voelker et al., 2017).
     point = torch.randn(len(x), x[0].numel() + 2, dtype=x.dtype, device=x.device)
-    inside = point[:, :-2] / torch.linalg.vector_norm(point, dim=1, keepdim=True)
+    inside: Tensor = point[:, :-2] / torch.linalg.vector_norm(point, dim=1, keepdim=True)
     return epsilon * inside.view_as(x)

@@ -15,6 +15,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from defense.attacks import LOST, least_right
+from defense.gradient_attacks import l2_norms
 from defense.objectives import agreement
 
 Scores = Callable[[Tensor], Tensor]
@@ -182,17 +183,14 @@ def _direction(x_t: Tensor, delta: Tensor, count: int, wrong: Callable[[Tensor],
     total, weighted, right = torch.zeros_like(x_t), torch.zeros_like(x_t), torch.zeros(len(x_t))
     for _ in range(count):
         u = torch.randn_like(x_t)
-        shown = (x_t + _wide(delta) * u / _norms(u)).clamp(0, 1)
+        shown = (x_t + _wide(delta) * u / l2_norms(u)).clamp(0, 1)
         phi = torch.where(wrong(shown), 1.0, -1.0)
         u_b = (shown - x_t) / _wide(delta)  # what clipping left of it
         total, weighted, right = total + u_b, weighted + _wide(phi) * u_b, right + phi
     mean = _wide(right / count)
     estimate = torch.where(mean.abs() == 1, weighted, weighted - mean * total)
-    return estimate / _norms(estimate).clamp_min(_TINY)
-
-
-def _norms(images: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    direction: Tensor = estimate / l2_norms(estimate).clamp_min(_TINY)
+    return direction
 
 
 def _wide(values: Tensor) -> Tensor:
