@@ -1,99 +1,84 @@
-"""Dynamic batching: requests of any size, asked concurrently, become full batches for one device."""
+"""Dynamic batching: concurrent requests of any size become batches, each computed and then, perhaps, asked about.
+
+A batch is formed once. Where there is an upstream, the unit of work is "compute, then ask": one batch at a time is
+computed, while as many as the upstream holds are under way to it.
+"""
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from services.protocol.errors import Overloaded, Unavailable
-
-Array = npt.NDArray[np.float32]
-
-RETRY_AFTER_S = 1.0
-
-
-class Admission:
-    """Bounds the work that a service has accepted and not finished, counted in images.
-
-    Args:
-        max_images: the bound. A request beyond it is refused, but never on its own account: an idle service takes a
-            request of any size.
-    """
-
-    def __init__(self, max_images: int) -> None:
-        """Starts idle."""
-        self._max_images = max_images
-        self._images = 0
-
-    @property
-    def images(self) -> int:
-        """Images in work."""
-        return self._images
-
-    def check(self, images: int) -> None:
-        """Refuses now what `admit` would refuse, before more work is put into it.
-
-        Raises:
-            Overloaded: too many images are in work already.
-        """
-        if self._images and self._images + images > self._max_images:
-            raise Overloaded(f"{self._images} images are in work already; come back later", retry_after=RETRY_AFTER_S)
-
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Counts a request as long as the context lasts.
-
-        Raises:
-            Overloaded: too many images are in work already.
-        """
-        self.check(images)
-        self._images += images
-        try:
-            yield
-        finally:
-            self._images -= images
+from services.protocol import deadlines
+from services.protocol.errors import Unavailable
+from services.upstream import NO_IMAGES_FAULT, NOBODY, Array, Payer, Share, Upstream
 
 
 @dataclass(eq=False)
 class _Job:
-    """One request: its images, how many of them were handed to the device, and the answers so far."""
+    """One request."""
 
     images: Array
+    payer: Payer
     future: asyncio.Future[Array]
+    due: float  # when its first image has waited long enough for others
     deadline: float
+    context: Context = field(default_factory=copy_context)
     taken: int = 0
-    answers: list[Array] = field(default_factory=list)
+    rows: dict[int, Array] = field(default_factory=dict)  # by the number of their first image
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of a job that are in one batch, from its image number `start` on."""
+
+    job: _Job
+    start: int
+    images: Array
 
 
 class Batcher:
-    """Merges concurrent requests into batches for one function that runs in one thread.
+    """Merges concurrent requests into batches.
 
-    Requests are served first come, first served; one that is larger than a batch is split, and its last part shares a
-    batch with what comes next. Everything is counted in images. An async context manager: it works inside only.
+    Requests are served first come, first served; one that is larger than a batch is split, and others go between its
+    batches. What waits is divided among the batches that the upstream holds, so that none of its replicas idles while
+    another one has a full batch. A batch that fails is tried again in parts, so that a request fails for its own images
+    only. An async context manager: it works inside only.
 
     Args:
-        run: maps (n,...) float32, 1 <= n <= max_batch, to an array with n rows; called in one thread of its own, with
-            an array that it may keep and change.
+        compute: maps (n,...) float32, 1 <= n <= max_batch, to an array with n rows; called in one thread of its own,
+            with an array that it may keep and change. None: there is nothing to compute.
         max_batch: most images a batch.
         max_delay_s: how long the first image of a batch waits for others.
+        upstream: who is asked about what was computed; None: the computed rows are the answer.
     """
 
-    def __init__(self, run: Callable[[Array], Array], *, max_batch: int, max_delay_s: float) -> None:
+    def __init__(
+        self,
+        compute: Callable[[Array], Array] | None,
+        *,
+        max_batch: int,
+        max_delay_s: float,
+        upstream: Upstream | None = None,
+    ) -> None:
         """Starts nothing yet."""
         if max_batch < 1 or max_delay_s < 0:
             raise ValueError("max_batch must be positive, max_delay_s not negative")
-        self._run = run
+        self._compute = compute
         self._max_batch = max_batch
         self._max_delay_s = max_delay_s
-        self._jobs: deque[_Job] = deque()
-        self._waiting = 0  # images in `_jobs` that the device has not taken
+        self._upstream = upstream
+        self._jobs: deque[_Job] = deque()  # those with images that were not taken yet
+        self._live: set[_Job] = set()  # those that are not answered yet
+        self._waiting = 0  # images that were not taken yet
+        self._under_way: dict[asyncio.Task[None], Sequence[_Part]] = {}
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batcher")
         self._worker: asyncio.Task[None] | None = None
@@ -106,111 +91,210 @@ class Batcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Refuses what is still waiting, and ends the thread after the batch in hand."""
+        """Refuses what is not answered yet, and ends the thread after the batch in hand."""
         worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
-        while self._jobs:
-            self._drop(self._jobs[0], Unavailable("the service is shutting down"))
+        tasks = [*self._under_way, *([worker] if worker else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for job in tuple(self._live):
+            self._end(job, Unavailable("the service is shutting down"))
         self._thread.shutdown()
 
-    async def __call__(self, images: Array) -> Array:
-        """The rows of `run` for these images (n,...), n at least 1, in order.
+    async def __call__(self, images: Array, payer: Payer = NOBODY) -> Array:
+        """The rows for these images (n,...), n at least 1, in order.
+
+        Args:
+            images: the request's.
+            payer: pays for what the upstream is asked.
 
         Raises:
             Unavailable: the batcher is not running.
-            Exception: what `run` raised for a batch with any of these images.
+            Exception: what `compute` or the upstream raised for these images.
         """
-        if self._worker is None:
-            raise Unavailable("the service is shutting down")
+        self._check_running()
         loop = asyncio.get_running_loop()
-        job = _Job(images, loop.create_future(), loop.time() + self._max_delay_s)
+        now = loop.time()
+        job = _Job(images, payer, loop.create_future(), now + self._max_delay_s, now + deadlines.left_s())
         self._jobs.append(job)
+        self._live.add(job)
         self._waiting += len(images)
         self._changed.set()
         try:
             return await job.future
         except asyncio.CancelledError:  # nobody waits for the rest any more
-            self._drop(job)
+            self._end(job)
             raise
 
-    def _drop(self, job: _Job, error: Exception | None = None) -> None:
-        """Takes a job out of the queue, and answers it with `error`."""
-        if job in self._jobs:
-            self._jobs.remove(job)
-            self._waiting -= len(job.images) - job.taken
-        if error is not None and not job.future.done():
-            job.future.set_exception(error)
+    async def compute(self, images: Array) -> Array:
+        """What is computed of these images (n,...), whatever the upstream does: nobody is asked.
+
+        Raises:
+            Unavailable: the batcher is not running.
+            Exception: what `compute` raised.
+        """
+        self._check_running()
+        loop = asyncio.get_running_loop()
+        starts = range(0, len(images), self._max_batch)
+        batches = [images[start : start + self._max_batch] for start in starts]
+        rows = [(await loop.run_in_executor(self._thread, self._run, [one]))[0] for one in batches]
+        return np.concatenate(rows)
+
+    def _check_running(self) -> None:
+        if self._worker is None:
+            raise Unavailable("the service is shutting down")
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._fill()
+            await self._wait_for_batch()
             parts = self._take()
-            if not parts:
-                continue
-            try:
-                answers = await loop.run_in_executor(self._thread, self._run_parts, [images for _, images in parts])
-            except Exception as error:
-                for job, _ in parts:
-                    self._drop(job, error)
-            except asyncio.CancelledError:
-                for job, _ in parts:
-                    self._drop(job, Unavailable("the service is shutting down"))
-                raise
+            if self._compute is not None:
+                outcomes = await loop.run_in_executor(self._thread, self._try, [part.images for part in parts])
+                parts = list(self._computed_parts(parts, outcomes))
+            if self._upstream is None or self._upstream.together:
+                self._go_on(parts)
             else:
-                for (job, _), rows in zip(parts, answers, strict=True):
-                    self._keep(job, rows)
+                for part in parts:
+                    self._go_on([part])
 
-    def _keep(self, job: _Job, rows: Array) -> None:
-        """Keeps the answers to the part that was taken last, and answers the job once it has all of them."""
-        job.answers.append(rows)
-        if job.taken < len(job.images) or job.future.done():
-            return
-        try:
-            answer = np.concatenate(job.answers)
-        except Exception as error:  # above all: the rows of two batches differ in shape
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(answer)
-
-    async def _fill(self) -> None:
-        """Waits until a batch is full, or its first image has waited long enough."""
-        while self._waiting < self._max_batch:
+    async def _wait_for_batch(self) -> None:
+        """Waits until the upstream has room, and a batch is full or its first image has waited long enough."""
+        while True:
             self._changed.clear()
-            left = self._jobs[0].deadline - asyncio.get_running_loop().time() if self._jobs else None
-            if left is not None and left <= 0:
-                return
+            left: float | None = None
+            if self._jobs and (self._upstream is None or len(self._under_way) < self._upstream.width()):
+                left = self._jobs[0].due - asyncio.get_running_loop().time()
+                if left <= 0 or self._waiting >= self._max_batch:
+                    return
             try:
                 async with asyncio.timeout(left):
                     await self._changed.wait()
             except TimeoutError:
-                return
+                continue
 
-    def _take(self) -> list[tuple[_Job, Array]]:
-        """Takes one batch off the queue, as parts of jobs."""
-        parts: list[tuple[_Job, Array]] = []
-        room = self._max_batch
-        while room and self._jobs:
+    def _take(self) -> list[_Part]:
+        """Takes one batch off the queue: whole requests up to a fair share, split only where a batch is full."""
+        share = self._max_batch
+        if self._upstream is not None:
+            asked = sum(len(part.images) for parts in self._under_way.values() for part in parts)
+            share = min(share, -(-(self._waiting + asked) // self._upstream.width()))
+        parts: list[_Part] = []
+        count = 0
+        while self._jobs and count < share:
             job = self._jobs[0]
-            images = job.images[job.taken : job.taken + room]
+            images = job.images[job.taken : job.taken + self._max_batch - count]
+            parts.append(_Part(job, job.taken, images))
+            count += len(images)
             job.taken += len(images)
-            self._waiting -= len(images)
-            room -= len(images)
-            parts.append((job, images))
             if job.taken == len(job.images):
                 self._jobs.popleft()
+            elif len(parts) == 1:  # one that fills batches alone lets others go between them
+                self._jobs.rotate(-1)
+        self._waiting -= count
         return parts
 
-    def _run_parts(self, parts: Sequence[Array]) -> list[Array]:
-        """Runs in the thread: one batch, copied together so that `run` gets aligned memory of its own."""
-        batch = np.concatenate(parts)
+    def _computed_parts(self, parts: Sequence[_Part], outcomes: Sequence[Array | Exception]) -> Iterator[_Part]:
+        """The parts with what was computed of them; requests whose images failed are answered with the error."""
+        for part, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._end(part.job, outcome)
+            else:
+                yield replace(part, images=outcome)
+
+    def _go_on(self, parts: Sequence[_Part], *, again: bool = False) -> None:
+        """Asks the upstream about computed parts, as far as somebody still waits for them; without one, answers."""
+        parts = [part for part in parts if not part.job.future.done()]
+        if self._upstream is None:
+            for part in parts:
+                self._keep(part, part.images)
+        elif parts:
+            # In the context of its first request, whose id and trace travel along.
+            task = asyncio.get_running_loop().create_task(
+                self._ask(self._upstream, parts, again), context=parts[0].job.context.copy()
+            )
+            self._under_way[task] = parts
+            task.add_done_callback(self._arrived)
+
+    def _arrived(self, task: asyncio.Task[None]) -> None:
+        parts = self._under_way.pop(task)
+        if task.cancelled():  # as nobody waits any more, or by what it waited for
+            for part in parts:
+                self._end(part.job, Unavailable("the work on this request was given up"))
+        self._changed.set()
+
+    async def _ask(self, upstream: Upstream, parts: Sequence[_Part], again: bool) -> None:
+        """Answers parts with the upstream's rows. If one of them may be at fault, each is sent again by itself."""
+        deadlines.lift()
+        deadlines.narrow(max(part.job.deadline for part in parts) - asyncio.get_running_loop().time())
+        shares = [Share(part.job.payer, len(part.images)) for part in parts]
         try:
-            answers: npt.NDArray[Any] = self._run(batch)
+            images = [part.images for part in parts]
+            rows = await upstream.ask(np.concatenate(images) if len(images) > 1 else images[0], shares, again)
+            for part, own in zip(parts, _split(rows, images), strict=True):
+                self._keep(part, own)
+        except Exception as error:
+            if len(parts) > 1 and not isinstance(error, NO_IMAGES_FAULT):
+                for part in parts:
+                    self._go_on([part], again=True)
+            else:
+                for part in parts:
+                    self._end(part.job, error)
+
+    def _keep(self, part: _Part, rows: Array) -> None:
+        """Keeps the rows of a part, and answers its request once it has all of them."""
+        job = part.job
+        if job.future.done():
+            return
+        job.rows[part.start] = rows
+        if sum(map(len, job.rows.values())) < len(job.images):
+            return
+        try:
+            answer = np.concatenate([job.rows[start] for start in sorted(job.rows)]) if len(job.rows) > 1 else rows
+        except Exception as error:  # above all: the rows of two batches differ in shape
+            self._end(job, error)
+        else:
+            self._live.discard(job)
+            job.future.set_result(answer)
+
+    def _end(self, job: _Job, error: Exception | None = None) -> None:
+        """Ends a request, answered with `error`: drops its images, and what is under way for nobody any more."""
+        if job not in self._live:
+            return
+        self._live.remove(job)
+        if job.taken < len(job.images):
+            self._jobs.remove(job)
+            self._waiting -= len(job.images) - job.taken
+        if error is not None and not job.future.done():
+            job.future.set_exception(error)
+        for task, parts in self._under_way.items():
+            if task is not asyncio.current_task() and all(part.job.future.done() for part in parts):
+                task.cancel()
+
+    def _try(self, parts: Sequence[Array]) -> list[Array | Exception]:
+        """Runs in the thread: the rows of each part or its error, found by halving a batch that fails."""
+        try:
+            return list(self._run(parts))
+        except Exception as error:
+            if len(parts) == 1:
+                return [error]
+        half = len(parts) // 2
+        return self._try(parts[:half]) + self._try(parts[half:])
+
+    def _run(self, parts: Sequence[Array]) -> list[Array]:
+        """Runs in the thread: one batch, copied together so that `compute` gets aligned memory of its own."""
+        assert self._compute is not None
+        try:
+            rows: npt.NDArray[Any] = self._compute(np.concatenate(parts))
         except (StopIteration, asyncio.CancelledError, SystemExit) as error:
             # A future takes these for signals to itself: raised as they are they would end the worker, not the request.
             raise RuntimeError(f"the batch ended with {type(error).__name__}") from error
-        if len(answers) != len(batch):
-            raise RuntimeError(f"{len(batch)} images were answered with {len(answers)} rows")
-        return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])
+        return _split(rows, parts)
+
+
+def _split(rows: Array, parts: Sequence[Array]) -> list[Array]:
+    """The rows of each part of a batch."""
+    sizes = [len(part) for part in parts]
+    if len(rows) != sum(sizes):
+        raise RuntimeError(f"{sum(sizes)} images were answered with {len(rows)} rows")
+    return np.split(rows, np.cumsum(sizes)[:-1])

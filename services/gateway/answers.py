@@ -20,7 +20,6 @@ import numpy.typing as npt
 from fastapi.responses import JSONResponse, Response
 
 from defense.smoothing import ABSTAIN, linf_equivalent
-from services.batching import Array
 from services.gateway.config import Mode
 from services.gateway.modes import Plan
 from services.gateway.verdicts import Verdict
@@ -28,6 +27,7 @@ from services.protocol import oip
 from services.protocol.calls import Call
 from services.protocol.masks import encode_mask, nearest
 from services.protocol.replies import Signature, mask_answer, tensor_answer
+from services.upstream import Array
 
 EVIDENCE_HEADER: Final = "X-Evidence"
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from defense.smoothing import ABSTAIN
-from services.batching import Admission
+from services.admission import Admission
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.administration import operators_only, repository_api
 from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
 
-from services.batching import Admission
+from services.admission import Admission
 from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
 from services.keys import KeySent

@@ -53,9 +53,6 @@ class GatewaySettings(ServiceSettings):
         "bfloat16, compile, onnxruntime or openvino (pip install 'zo-gateway[runtimes]')",
     )
     in_flight: int = Field(16, ge=1, description="most requests to the victim at once")
-    merge_beyond: int = Field(
-        2, ge=1, description="requests under way from which on further clients' images travel to the victim together"
-    )
 
     modes: Annotated[tuple[Mode, ...], NoDecode] = Field(
         ("sanitize",),

@@ -9,7 +9,7 @@ from typing import Self
 import httpx
 
 from defense.artifact import Manifest
-from services.batching import Admission
+from services.admission import Admission
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics

@@ -17,11 +17,12 @@ from typing import Final
 
 import anyio.to_thread
 
-from services.batching import Admission, Array
+from services.admission import Admission
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import Digests, Fingerprints, History, digests, fingerprints
 from services.protocol.errors import AttackSuspected
+from services.upstream import Array
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.batching import Array
+from services.upstream import Array
 
 GROUPS: Final = 256
 """Groups of images that are remembered of one client; the one not met for longest gives way."""

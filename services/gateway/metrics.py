@@ -12,9 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.batching import Admission, Array
+from services.admission import Admission
 from services.gateway.accounting import Accounts
 from services.gateway.config import Mode
+from services.upstream import Array
 
 PREFIX: Final = "zo_gateway"
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from services.batching import Admission, Array, Batcher
+from services.admission import Admission
+from services.batching import Batcher
 from services.device import resolve_device
-from services.gateway.accounting import Account, Bill
+from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
-from services.gateway.merging import Merger
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 from services.gateway.runtimes import Runtime, load_runtime
@@ -31,9 +32,10 @@ from services.protocol.errors import (
     UpstreamUnreachable,
 )
 from services.protocol.mapping import load_mapping
+from services.upstream import Array, Payer, Share, Upstream
 
-Forward = Callable[[Array, Callable[[int], None]], Awaitable[Array]]
-"""Images (N,C,H,W) as they are, and what takes back queries that were not sent -> the victim's scores for them."""
+Forward = Callable[[Array, Payer], Awaitable[Array]]
+"""Images (N,C,H,W) as they are, and who pays for them -> the victim's scores for them."""
 
 # What clients are told of the victim's failures: the meaning, not the inside (addresses, the victim's own words).
 _TOLD: dict[type[ServiceError], str] = {
@@ -95,28 +97,20 @@ class Pipeline:
             timeout_s=settings.timeout_s,
             wire=settings.wire,
             mapping=mapping,
-            on_resend=self._resent,
+            on_resend=partial(own.spend, "resent"),
             transport=transport,
         )
         runtime = load_runtime(settings.runtime, sanitizer, shape, resolve_device(settings.device))
         self.runtime = runtime.kind
+        self._in_flight = settings.in_flight
         # A victim that takes one image a request is asked about each at once, not about many in turn.
-        takes_many = settings.wire == "tensor" and (mapping is None or mapping.image is None)
-        self._send = (
-            Merger(
-                self._timed,
-                max_images=settings.forward_batch,
-                lanes=settings.merge_beyond,
-                on_resend=self._resent,
-            )
-            if takes_many
-            else self._timed
-        )
-        self._batcher = Batcher(
-            metrics.sanitizing(_sanitizing(runtime)),
-            max_batch=settings.max_batch,
-            max_delay_s=settings.max_delay_ms / 1000,
-        )
+        self._takes_many = settings.wire == "tensor" and (mapping is None or mapping.image is None)
+        upstream = Upstream(self._ask, self._width, together=self._takes_many)
+        size, delay_s = settings.max_batch, settings.max_delay_ms / 1000
+        sanitizing = metrics.sanitizing(_sanitizing(runtime))
+        self._batcher = Batcher(sanitizing, max_batch=size, max_delay_s=delay_s, upstream=upstream)
+        # Images as they are, in batches of their own: they never travel with those that are sanitized.
+        self._raw = Batcher(None, max_batch=size, max_delay_s=delay_s, upstream=upstream)
         self.ready = Readiness(self._victim.ready)
         self._learned_labels: dict[int, Sequence[str]] = {}  # by number of classes
         self._learned_shape: tuple[int, ...] = ()  # of the scores for one image: (K), or (K,H,W)
@@ -125,6 +119,7 @@ class Pipeline:
     async def __aenter__(self) -> Self:
         """Starts the sanitizer's thread."""
         await self._batcher.__aenter__()
+        await self._raw.__aenter__()
         return self
 
     async def __aexit__(
@@ -132,30 +127,21 @@ class Pipeline:
     ) -> None:
         """Ends the thread, and closes all connections."""
         try:
+            await self._raw.__aexit__(kind, error, trace)
             await self._batcher.__aexit__(kind, error, trace)
         finally:
             await self._victim.aclose()
 
     async def sanitize(self, images: Array) -> Array:
         """The sanitized images (N,C,H,W), which go nowhere."""
-        return await self._batcher(images)
+        return await self._batcher.compute(images)
 
-    async def ask(self, images: Array, bill: Bill) -> Array:
-        """The victim's scores (N,K) or (N,K,H,W) for the sanitized images (N,C,H,W); N queries of the bill.
-
-        Raises:
-            ServiceError: the victim failed; what clients are to be told of it.
-        """
-        sanitized = await self._batcher(images)
-        bill.spend(len(sanitized))
-        return await self.forward(sanitized, bill.refund)
-
-    async def forward(self, images: Array, refund: Callable[[int], None]) -> Array:
-        """The victim's scores for images as they are, which have been paid for already.
+    async def ask(self, images: Array, payer: Payer) -> Array:
+        """The victim's scores for the sanitized images.
 
         Args:
             images: (N,C,H,W).
-            refund: called with N if they were not sent at all.
+            payer: pays for N queries.
 
         Returns:
             (N,K), or (N,K,H,W) from a segmenter.
@@ -163,15 +149,13 @@ class Pipeline:
         Raises:
             ServiceError: the victim failed; what clients are to be told of it.
         """
-        with _retold():
-            try:
-                scores = await self._send(images)
-            except (UpstreamUnreachable, CircuitOpen) as error:
-                not_sent = isinstance(error, CircuitOpen) or isinstance(error.__cause__, _NOT_SENT)
-                # Of several requests, others may have been sent.
-                if not_sent and len(images) <= self._request_size:
-                    refund(len(images))
-                raise
+        return self._checked(await self._batcher(images, payer))
+
+    async def forward(self, images: Array, payer: Payer) -> Array:
+        """The victim's scores for images as they are; otherwise as `ask`."""
+        return self._checked(await self._raw(images, payer))
+
+    def _checked(self, scores: Array) -> Array:
         if self._labels and scores.shape[1] != len(self._labels):
             raise UpstreamInvalid(
                 f"the model answers {scores.shape[1]} scores; the artifact has {len(self._labels)} labels"
@@ -179,12 +163,31 @@ class Pipeline:
         self._learned_shape = scores.shape[1:]
         return scores
 
-    def _resent(self, images: int) -> None:
-        self._own.spend("resent", images)
+    def _width(self) -> int:
+        """Requests under way: at each replica one that it works on and one that waits, or images where each is one."""
+        return min(self._in_flight, 2 * self._victim.replicas) if self._takes_many else self._in_flight
 
-    async def _timed(self, images: Array) -> Array:
-        with self._metrics.upstream():
-            return await self._victim.infer(images)
+    async def _ask(self, images: Array, shares: Sequence[Share], again: bool) -> Array:
+        """Asks the victim about one batch; what is asked again is on the gateway's own account."""
+        if again:
+            self._own.spend("resent", len(images))
+        else:
+            for share in shares:
+                share.payer.spend(share.images)
+        with _retold():
+            try:
+                with self._metrics.upstream():
+                    return await self._victim.infer(images)
+            except (UpstreamUnreachable, CircuitOpen) as error:
+                not_sent = isinstance(error, CircuitOpen) or isinstance(error.__cause__, _NOT_SENT)
+                # Of several requests, others may have been sent.
+                if not_sent and len(images) <= self._request_size:
+                    if again:
+                        self._own.spend("resent", -len(images))
+                    else:
+                        for share in shares:
+                            share.payer.refund(share.images)
+                raise
 
     async def names(self, images: Array, classes: int) -> Sequence[str]:
         """The names of the classes: the artifact's, or the victim's own, asked for once; else numbers.
@@ -199,7 +202,7 @@ class Pipeline:
             return self._labels
         async with self._learning:
             if classes not in self._learned_labels:
-                sanitized = await self._batcher(images[:1])
+                sanitized = await self.sanitize(images[:1])
                 self._own.spend("labels", 1)
                 try:
                     with _retold():

@@ -18,7 +18,7 @@ import torch
 
 from defense.artifact import MANIFEST_FILE, Artifact, load_artifact
 from defense.errors import ArtifactError
-from services.batching import Array
+from services.upstream import Array
 
 SINGLE: Final = "1"
 """The version of an artifact that has no number."""

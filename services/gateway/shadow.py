@@ -17,11 +17,12 @@ from typing import Final, Self
 import anyio.to_thread
 import numpy as np
 
-from services.batching import Admission, Array
+from services.admission import Admission
 from services.gateway.accounting import Bill
 from services.gateway.pipeline import Forward
 from services.protocol import deadlines
 from services.protocol.errors import Overloaded
+from services.upstream import Array, Prepaid
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Shadow:
         deadlines.lift()
         with room:
             try:
-                raw = await self._forward(images.clip(0, 1), partial(bill.refund, purpose=PURPOSE))
+                raw = await self._forward(images.clip(0, 1), Prepaid(partial(bill.refund, purpose=PURPOSE)))
                 differ = await anyio.to_thread.run_sync(disagreements, raw, answered, self._least_dice)
             except Exception as error:
                 logger.info("a shadow query failed: %s", error)

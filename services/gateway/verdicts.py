@@ -10,8 +10,8 @@ from torch import Tensor
 
 from defense.segmentation_smoothing import certify_mask_counts, predict_mask_counts
 from defense.smoothing import ABSTAIN, certify_counts, predict_counts
-from services.batching import Array
 from services.gateway.modes import Plan
+from services.upstream import Array
 
 
 @dataclass(frozen=True)

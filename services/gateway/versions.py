@@ -16,7 +16,6 @@ import anyio.to_thread
 import numpy as np
 
 from defense.errors import ArtifactError
-from services.batching import Array
 from services.gateway.accounting import Account
 from services.gateway.config import GatewaySettings
 from services.gateway.defense import Build, Defense
@@ -24,6 +23,7 @@ from services.gateway.repository import Repository, Version, probes
 from services.gateway.shadow import disagreements
 from services.protocol.errors import Conflict, InvalidInput, NotFound, ServiceError, TooLarge, UnsupportedMedia
 from services.protocol.images import decode_image
+from services.upstream import Array
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,7 @@ class Versions:
             sanitized = await candidate.pipeline.ask(images, bill)
             if stored is None:
                 return
-            bill.spend(len(images))
-            raw = await candidate.pipeline.forward(images, bill.refund)
+            raw = await candidate.pipeline.forward(images, bill)
         alike = 1 - disagreements(raw, sanitized, self._settings.shadow_dice) / len(images)
         if alike < self._settings.self_test_agreement:
             raise Conflict(

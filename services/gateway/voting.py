@@ -16,10 +16,10 @@ from torch import Tensor
 
 from defense.errors import InvalidAnswer
 from defense.smoothing import count_votes
-from services.batching import Array
 from services.gateway.accounting import Bill
 from services.gateway.modes import Plan
 from services.protocol.errors import UpstreamInvalid
+from services.upstream import Array
 
 CHUNKS_AT_ONCE = 4
 """How many chunks of noisy copies are in work at once, over all requests."""

@@ -11,7 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from torch import nn
 
-from services.batching import Admission, Batcher
+from services.admission import Admission
+from services.batching import Batcher
 from services.device import resolve_device
 from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig

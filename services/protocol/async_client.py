@@ -89,6 +89,11 @@ class AsyncVictimClient:
             transport=transport,
         )
 
+    @property
+    def replicas(self) -> int:
+        """How many replicas are known now."""
+        return self._pool.replicas
+
     async def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The victim's scores.
 
@@ -109,6 +114,8 @@ class AsyncVictimClient:
         images = np.asarray(images, dtype=np.float32)
         wire = await self._settled()
         size = min(self._batch, wire.largest or self._batch)
+        if len(images) <= size:
+            return await self._ask(wire, images)
         chunks = [images[start : start + size] for start in range(0, len(images), size)]
         tasks = [asyncio.create_task(self._ask(wire, chunk)) for chunk in chunks]
         try:

@@ -1,6 +1,7 @@
 """Requests to the replicas of one victim: sent to the one that fares best, and again as far as patience goes."""
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -70,6 +71,11 @@ class ReplicaPool:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=in_flight, keepalive_expiry=2.0),
             transport=transport,
         )
+
+    @property
+    def replicas(self) -> int:
+        """How many are known now."""
+        return len(self._roster.replicas)
 
     async def post(self, body: bytes, headers: dict[str, str], *, count: int) -> httpx.Response:
         """Sends `count` images, again and again as far as patience goes; returns an answer with status 200."""
@@ -159,9 +165,9 @@ class ReplicaPool:
             await asyncio.sleep(min(replica.rests_until, deadline) - now)
 
     def _best(self) -> Replica:
-        """The replica to ask next."""
+        """The replica to ask next; among equals, any."""
         now = time.monotonic()
-        return min(self._roster.replicas, key=lambda one: one.rank(now))
+        return min(self._roster.replicas, key=lambda one: (one.rank(now), random.random()))
 
     async def _health(self, replica: Replica) -> int:
         """The status that the replica's health answers with; 502 where nothing answers.

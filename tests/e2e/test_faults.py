@@ -272,8 +272,8 @@ def test_a_gateway_that_is_killed_leaves_nobody_with_a_wrong_answer_and_no_victi
 def test_a_gateway_that_is_told_to_end_answers_what_it_accepted(
     start: Start, artifact: tuple[Path, Sanitizer], fake: Victim, right: np.ndarray
 ) -> None:
-    flags = ["--merge-beyond", "8"]  # each image in a request of its own, so that all of them can be seen there
-    gateway, url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", fake.url, *flags)
+    victims = ",".join([fake.url] * 4)  # which hold two requests each, so that all of them can be seen there
+    gateway, url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", victims)
     fake.behaviour = "slow"
 
     def all_are_at_the_victim() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from services.batching import Admission
+from services.admission import Admission
 from services.gateway.accounting import Accounts
 from services.gateway.asking import errors, require_room
 from services.gateway.config import GatewaySettings
@@ -153,9 +153,8 @@ def page_api(
                 accounts.of(name).bill(COMPARE, 1) as bill,
                 admission.admit(1),
             ):
-                bill.spend(1)
                 raw = call.images.clip(0, 1)
-                scores = await deadlines.attended(request, defense.pipeline.forward(raw, bill.refund))
+                scores = await deadlines.attended(request, defense.pipeline.forward(raw, bill))
                 labels = await defense.pipeline.names(raw, scores.shape[1])
                 return await answer(call, scores, Signature(settings.model_name, defense.number, labels))
 

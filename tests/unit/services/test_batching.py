@@ -4,8 +4,9 @@ import threading
 import numpy as np
 import pytest
 
-from services.batching import Admission, Array, Batcher
-from services.protocol.errors import Overloaded, Unavailable
+from services.batching import Batcher
+from services.protocol.errors import Unavailable
+from services.upstream import Array
 
 pytestmark = pytest.mark.anyio
 
@@ -63,17 +64,32 @@ async def test_concurrent_requests_are_merged_and_their_tails_share_a_batch() ->
     assert len(recorder.threads) == 1
 
 
-async def test_a_failure_reaches_every_request_of_its_batch_and_no_other() -> None:
+async def test_a_request_fails_for_its_own_images_and_its_neighbours_are_answered_at_once() -> None:
     recorder = Recorder()
     async with Batcher(recorder, max_batch=4, max_delay_s=0.05) as batcher:
         answers = await asyncio.gather(
             batcher(images(2)), batcher(-images(10)), batcher(images(2)), return_exceptions=True
         )
-        assert isinstance(answers[0], ValueError)
         assert isinstance(answers[1], ValueError)
-        assert isinstance(answers[2], np.ndarray)
-        assert np.array_equal(await batcher(images(2)), images(2) * 2)
-    assert recorder.batches == [4, 2, 2], "the rest of a failed request is not run"
+        for answer in (answers[0], answers[2]):
+            assert isinstance(answer, np.ndarray)
+            assert np.array_equal(answer, images(2) * 2)
+    assert recorder.batches == [4, 2, 2, 2], "halved; the rest of a failed request is not run"
+
+
+async def test_one_faulty_image_among_many_is_found_by_halving() -> None:
+    recorder = Recorder()
+    async with Batcher(recorder, max_batch=64, max_delay_s=0.05) as batcher:
+        asked = [batcher(-images(1) if number == 37 else images(1, number)) for number in range(64)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    for number, answer in enumerate(answers):
+        if number == 37:
+            assert isinstance(answer, ValueError)
+        else:
+            assert isinstance(answer, np.ndarray)
+            assert answer.item() == 2 * number
+    assert recorder.batches[0] == 64
+    assert sorted(recorder.batches[1:]) == sorted([32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1])
 
 
 async def test_a_wrong_number_of_rows_is_a_failure() -> None:
@@ -154,23 +170,3 @@ def test_batches_need_a_size_and_no_negative_delay() -> None:
     for size, delay in ((0, 0.0), (1, -1.0)):
         with pytest.raises(ValueError, match="max_batch"):
             Batcher(Recorder(), max_batch=size, max_delay_s=delay)
-
-
-def test_admission_refuses_beyond_the_bound_and_frees_what_ends() -> None:
-    admission = Admission(10)
-    with admission.admit(6):
-        with admission.admit(4), pytest.raises(Overloaded) as caught, admission.admit(1):
-            pass
-        assert caught.value.retry_after == 1
-        with admission.admit(4):
-            pass
-    with pytest.raises(KeyError), admission.admit(10):
-        raise KeyError
-    with admission.admit(10):
-        pass
-
-
-def test_an_idle_service_admits_a_request_of_any_size() -> None:
-    admission = Admission(10)
-    with admission.admit(1000), pytest.raises(Overloaded), admission.admit(1):
-        pass

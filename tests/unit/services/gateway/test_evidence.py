@@ -23,7 +23,7 @@ from defense.smoothing import ABSTAIN, lower_bound
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.gateway.repository import Version
-from services.protocol import oip, replicas
+from services.protocol import oip, pool, replicas
 from services.protocol.images import encode_png
 
 pytestmark = pytest.mark.anyio
@@ -443,6 +443,7 @@ async def test_what_could_not_be_sent_costs_nothing() -> None:
 async def test_what_the_gateway_asks_for_itself_is_counted_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKOFF_FIRST_S", "BACKOFF_LAST_S"):  # however slow the machine, who broke is not tried again
         monkeypatch.setattr(replicas, name, 600.0)
+    monkeypatch.setattr(pool.random, "random", lambda: 0.0)  # of equals the first is asked
 
     def one_breaks(request: httpx.Request) -> httpx.Response:
         if request.url.host == "breaks":
@@ -578,7 +579,7 @@ async def test_copies_have_a_queue_of_their_own_and_it_ends() -> None:
             return await super().handle_async_request(request)
 
     upstream = Slow(brighter_than(0.5))
-    async with gateway(upstream, SIGMOID, **ALL, max_copies=300, usage=True) as http:
+    async with gateway(upstream, SIGMOID, **ALL, max_copies=300, max_batch=256, usage=True) as http:
         certify = asyncio.create_task(http.post("/predict?mode=certify", files={"file": grey(1.0)}))
         await eventually(lambda: upstream.requests > 0)
         refused = await http.post("/predict?mode=certify", files={"file": grey(1.0)})

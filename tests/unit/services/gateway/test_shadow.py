@@ -1,6 +1,5 @@
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,12 +8,12 @@ from services.gateway.accounting import Account, Budget
 from services.gateway.shadow import Shadow, disagreements
 from services.protocol import deadlines
 from services.protocol.errors import UpstreamTimeout, UpstreamUnreachable
+from services.upstream import Payer
 
 pytestmark = pytest.mark.anyio
 
 IMAGES = np.random.default_rng(0).random((4, 1, 8, 6), dtype=np.float32)
 CLASSES = np.eye(2, dtype=np.float32)
-Refund = Callable[[int], None]
 
 
 def masks(*lesions: list[int]) -> np.ndarray:
@@ -54,7 +53,7 @@ async def settle(account: Account, images: int) -> None:
 async def test_disagreements_are_counted_behind_the_requests_back() -> None:
     asked = []
 
-    async def forward(images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(images: np.ndarray, _payer: Payer) -> np.ndarray:
         asked.append(images)
         return CLASSES[[0, 1, 1, 0]]
 
@@ -73,7 +72,7 @@ async def test_disagreements_are_counted_behind_the_requests_back() -> None:
 
 @pytest.mark.parametrize("error", [UpstreamTimeout("late"), RuntimeError("broken")])
 async def test_a_failure_is_counted_and_nothing_else(error: Exception) -> None:
-    async def forward(_images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(_images: np.ndarray, _payer: Payer) -> np.ndarray:
         raise error
 
     account = Account(Budget(10))
@@ -86,7 +85,7 @@ async def test_a_failure_is_counted_and_nothing_else(error: Exception) -> None:
 
 
 async def test_answers_of_another_shape_are_a_failure() -> None:
-    async def forward(_images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(_images: np.ndarray, _payer: Payer) -> np.ndarray:
         return np.ones((4, 3), np.float32)
 
     account = Account(Budget())
@@ -98,8 +97,9 @@ async def test_answers_of_another_shape_are_a_failure() -> None:
 
 
 async def test_what_was_not_sent_is_taken_back() -> None:
-    async def forward(images: np.ndarray, refund: Refund) -> np.ndarray:
-        refund(len(images))
+    async def forward(images: np.ndarray, payer: Payer) -> np.ndarray:
+        payer.spend(len(images))
+        payer.refund(len(images))
         raise UpstreamUnreachable("away")
 
     account = Account(Budget(10))
@@ -115,7 +115,7 @@ async def test_what_was_not_sent_is_taken_back() -> None:
 async def test_where_there_is_no_room_images_are_skipped_and_cost_nothing() -> None:
     gate = asyncio.Event()
 
-    async def forward(images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(images: np.ndarray, _payer: Payer) -> np.ndarray:
         await gate.wait()
         return CLASSES[np.zeros(len(images), int)]
 
@@ -137,7 +137,7 @@ async def test_where_there_is_no_room_images_are_skipped_and_cost_nothing() -> N
 async def test_what_is_in_work_at_the_end_is_given_up() -> None:
     ended = []
 
-    async def forward(_images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(_images: np.ndarray, _payer: Payer) -> np.ndarray:
         try:
             await asyncio.sleep(60)
         finally:
@@ -156,7 +156,7 @@ async def test_what_is_in_work_at_the_end_is_given_up() -> None:
 async def test_the_deadline_of_the_request_does_not_hold_for_what_goes_on_behind_its_back() -> None:
     left: list[float] = []
 
-    async def forward(_images: np.ndarray, _refund: Refund) -> np.ndarray:
+    async def forward(_images: np.ndarray, _payer: Payer) -> np.ndarray:
         left.append(deadlines.left_s())
         return CLASSES[[0, 1, 1, 0]]
 

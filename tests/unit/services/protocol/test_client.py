@@ -2,6 +2,7 @@ import asyncio
 import gc
 import inspect
 import json
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,9 @@ Handler = Callable[[httpx.Request], httpx.Response] | Callable[[httpx.Request], 
 
 
 @pytest.fixture(autouse=True)
-def _hardly_any_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hardly_any_back_off_and_no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(pool.random, "random", lambda: 0.0)  # of equal replicas the first is asked
 
 
 class Clock:
@@ -506,6 +508,17 @@ async def test_without_patience_a_slow_poll_does_not_bring_the_first_replica_bac
         with pytest.raises(Unavailable):
             await victim.infer(images(1))
     assert down.asked == ["POST"]
+
+
+@pytest.mark.anyio
+async def test_of_equal_replicas_any_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    monkeypatch.setattr(pool.random, "random", generator.random)
+    hosts = Hosts(first=good, second=good, third=good)
+    async with hosts.client() as victim:
+        for _ in range(60):
+            await victim.infer(images(1))
+    assert all(hosts.sent.count(host) >= 10 for host in ("first", "second", "third"))
 
 
 @pytest.mark.anyio

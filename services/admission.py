@@ -1,0 +1,50 @@
+"""How much work a service accepts at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services.protocol.errors import Overloaded
+
+RETRY_AFTER_S = 1.0
+
+
+class Admission:
+    """Bounds the work that a service has accepted and not finished, counted in images.
+
+    Args:
+        max_images: the bound. A request beyond it is refused, but never on its own account: an idle service takes a
+            request of any size.
+    """
+
+    def __init__(self, max_images: int) -> None:
+        """Starts idle."""
+        self._max_images = max_images
+        self._images = 0
+
+    @property
+    def images(self) -> int:
+        """Images in work."""
+        return self._images
+
+    def check(self, images: int) -> None:
+        """Refuses now what `admit` would refuse, before more work is put into it.
+
+        Raises:
+            Overloaded: too many images are in work already.
+        """
+        if self._images and self._images + images > self._max_images:
+            raise Overloaded(f"{self._images} images are in work already; come back later", retry_after=RETRY_AFTER_S)
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Counts a request as long as the context lasts.
+
+        Raises:
+            Overloaded: too many images are in work already.
+        """
+        self.check(images)
+        self._images += images
+        try:
+            yield
+        finally:
+            self._images -= images
