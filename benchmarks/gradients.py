@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defense.estimators import Estimator, ExactGradient, Loss, RandomGradientEstimator
+from defense.estimators import Estimator, ExactGradient, Loss, Points, RandomGradientEstimator
 from defense.files import replace_file
 from defense.objectives import inject_gradient, located_loss, stability_loss
 from defense.sanitizer import Sanitizer
@@ -83,15 +83,16 @@ class Bench:
         """The stability loss of some of the images."""
         targets = self.targets[part]
 
-        def answers(points: Tensor) -> Tensor:
-            return torch.cat([self.victim(self.sanitizer.decode(chunk)) for chunk in points.split(512)])
+        def answers(points: Points) -> Tensor:
+            return torch.cat([self.victim(self.sanitizer.decode(chunk)) for chunk in points.z.split(512)])
 
-        def black_box(points: Tensor, owners: Tensor) -> Tensor:
-            return stability_loss(answers(points), targets[owners], "probabilities")
+        def black_box(points: Points) -> Tensor:
+            return stability_loss(answers(points), targets[points.owners], "probabilities")
 
-        def located(points: Tensor, owners: Tensor) -> Tensor:
+        def located(points: Points) -> Tensor:
             scores = answers(points)
-            return located_loss(scores, targets[owners], "probabilities", around=scores[owners])
+            around = scores[points.centers][points.owners]
+            return located_loss(scores, targets[points.owners], "probabilities", around)
 
         known = None if surrogate is None else lambda points: surrogate.loss(self.sanitizer.decode(points), targets)
         return Loss(black_box, known, located if targets.ndim > 1 else None)

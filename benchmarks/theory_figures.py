@@ -25,6 +25,7 @@ from defense.estimators import (
     Estimator,
     Isotropic,
     Loss,
+    Points,
     RandomGradientEstimator,
     Sampling,
 )
@@ -103,9 +104,9 @@ def draw_step() -> Figure:
     dimension, second, third, noise = 32, 1.0, 1.0, 1e-3
     source = torch.Generator().manual_seed(1)
 
-    def black_box(points: Tensor, owners: Tensor) -> Tensor:
-        exact = (second / 2 * points.square() + third / 6 * points**3).sum(1)
-        return exact + noise * torch.randn(len(points), generator=source)
+    def black_box(points: Points) -> Tensor:
+        exact = (second / 2 * points.z.square() + third / 6 * points.z**3).sum(1)
+        return exact + noise * torch.randn(len(exact), generator=source)
 
     predictions: dict[Difference, tuple[Callable[[float], float], float, str, str]] = {
         "forward": (
@@ -181,7 +182,7 @@ def draw_control_variate() -> Figure:
 
 
 def _linear(gradient: Tensor) -> Loss:
-    return Loss(lambda points, owners: points @ gradient)
+    return Loss(lambda points: points.z @ gradient)
 
 
 def _estimates(estimator: Estimator, loss: Loss, dimension: int = DIMENSION) -> Tensor:

@@ -8,7 +8,7 @@ Symbols: z a point of d numbers, l its loss, g its gradient, q the number of dir
 step, r the dimensions of a subspace. The theory is in docs/theory.md.
 """
 
-from defense.estimators.base import Difference, Estimate, Estimator, Loss
+from defense.estimators.base import Difference, Estimate, Estimator, Loss, Points
 from defense.estimators.coordinate import CoordinateGradientEstimator
 from defense.estimators.directions import (
     Directions,
@@ -37,6 +37,7 @@ __all__ = [
     "Isotropic",
     "LocalGradientEstimator",
     "Loss",
+    "Points",
     "RandomGradientEstimator",
     "Sampling",
     "Subspace",

@@ -13,22 +13,43 @@ Difference = Literal["forward", "central"]
 
 
 @dataclass(frozen=True)
+class Points:
+    """What is evaluated in one call of the black box: points around each of the first n of N images.
+
+    Attributes:
+        z: (M, *shape).
+        owners: (M,) int64, which image each point belongs to.
+        centers: (n,) int64, for each image the point that stands for it: its own; one beside it for central
+            differences, which leave its own out.
+    """
+
+    z: Tensor
+    owners: Tensor
+    centers: Tensor
+
+    @classmethod
+    def around(cls, points: Tensor, center: int) -> "Points":
+        """P points of each image (n, P, *shape), the one at `center` standing for it."""
+        images, each = points.shape[:2]
+        index = torch.arange(images, device=points.device)
+        return cls(points.flatten(0, 1), index.repeat_interleave(each), index * each + center)
+
+
+@dataclass(frozen=True)
 class Loss:
     """The loss at the border of the black box, for N images at once.
 
     Attributes:
-        black_box: (M, *shape) points and (M,) int64, which of the N images each belongs to, -> (M,) losses. Every point
-            costs one victim query.
+        black_box: M points -> (M,) losses. Every point costs one victim query.
         surrogate: (N, *shape) points, of the first N images, -> (N,) losses of a model of the black box that costs no
             query and can be differentiated; None where there is none.
         located: As `black_box`, but -> (M, H, W) losses that sum to it, each at the pixel that it is from; None where
-            the black box does not answer for every pixel. The first N points are one of each image, in order; around
-            their answers what is no sum of pixels is linearised.
+            the black box does not answer for every pixel. What is no sum of pixels is linearised around the centers.
     """
 
-    black_box: Callable[[Tensor, Tensor], Tensor]
+    black_box: Callable[[Points], Tensor]
     surrogate: Callable[[Tensor], Tensor] | None = None
-    located: Callable[[Tensor, Tensor], Tensor] | None = None
+    located: Callable[[Points], Tensor] | None = None
 
     def surrogate_gradient(self, z: Tensor) -> Tensor:
         """(N, *shape) gradient of each image's surrogate loss at its point.

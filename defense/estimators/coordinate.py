@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted
-from defense.estimators.base import Difference, Estimate, Loss
+from defense.estimators.base import Difference, Estimate, Loss, Points
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class CoordinateGradientEstimator:
             raise BudgetExhausted(f"every coordinate of {images} images takes {spent} evaluations, not {budget}")
         steps = self.mu * torch.eye(dimension, device=z.device)
         center = flat.unsqueeze(1)
-        points = torch.cat([center + steps, center - steps if central else center], dim=1)
-        owners = torch.arange(images, device=z.device).repeat_interleave(points.shape[1])
+        points = torch.cat([center + steps, center - steps if central else center], dim=1).unflatten(2, z.shape[1:])
         with torch.no_grad():
-            values = loss.black_box(points.view(-1, *z.shape[1:]), owners).view(images, -1)
+            values = loss.black_box(Points.around(points, center=0 if central else dimension)).view(images, -1)
         slopes = (values[:, :dimension] - values[:, dimension:]) / (2 * self.mu if central else self.mu)
         return Estimate(slopes.view_as(z), values.mean(1) if central else values[:, dimension], spent)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import DefenseError
-from defense.estimators.base import Estimate, Loss
+from defense.estimators.base import Estimate, Loss, Points
 
 
 class ExactGradient:
@@ -25,7 +25,7 @@ class ExactGradient:
         """
         with torch.enable_grad():
             points = z.detach().requires_grad_(True)
-            values = loss.black_box(points, torch.arange(len(z), device=z.device))
+            values = loss.black_box(Points.around(points.unsqueeze(1), center=0))
             if not values.requires_grad:
                 raise DefenseError("the exact gradient needs an open model in process; this victim is a black box")
             (gradient,) = torch.autograd.grad(values.sum(), points)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from defense.estimators.base import Estimate, Loss, affordable
+from defense.estimators.base import Estimate, Loss, Points, affordable
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class LocalGradientEstimator:
         count = affordable(self.count, 1, 1, images, budget)
         signs = 2.0 * torch.randint(2, (images, count, *z.shape[1:]), generator=generator).to(z) - 1
         directions = signs / dimension**0.5
-        stepped = (z.detach().unsqueeze(1) + self.mu * directions).flatten(0, 1)
-        owners = torch.cat([torch.arange(images), torch.arange(images).repeat_interleave(count)]).to(z.device)
+        center = z.detach().unsqueeze(1)
+        points = torch.cat([center, center + self.mu * directions], dim=1)
         with torch.no_grad():
-            losses = loss.located(torch.cat([z.detach(), stepped]), owners)
-        cells = _summed(losses, z.shape[2], z.shape[3])
-        changes = cells[images:].unflatten(0, (images, count)) - cells[:images].unsqueeze(1)
+            losses = loss.located(Points.around(points, center=0)).unflatten(0, (images, 1 + count))
+        cells = _summed(losses.flatten(0, 1), z.shape[2], z.shape[3]).unflatten(0, (images, 1 + count))
+        changes = cells[:, 1:] - cells[:, :1]
         around = F.avg_pool2d(changes, self.window, stride=1, padding=self.window // 2) * self.window**2
         gradient = (dimension * directions * (around / self.mu).unsqueeze(2)).mean(1)
-        return Estimate(gradient, losses[:images].flatten(1).sum(1), images * (1 + count))
+        return Estimate(gradient, losses[:, 0].flatten(1).sum(1), images * (1 + count))
 
 
 def _summed(losses: Tensor, height: int, width: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from defense.estimators.base import Difference, Estimate, Loss, affordable
+from defense.estimators.base import Difference, Estimate, Loss, Points, affordable
 from defense.estimators.directions import Directions, Isotropic
 
 Combination = Literal["unbiased", "projection"]
@@ -50,10 +50,9 @@ class RandomGradientEstimator:
         directions = self.where.draw(z, count, loss, generator)
         center = z.detach().flatten(1).unsqueeze(1)
         other = center - self.mu * directions if central else center
-        points = torch.cat([center + self.mu * directions, other], dim=1)  # (N, P, d)
-        owners = torch.arange(images, device=z.device).repeat_interleave(points.shape[1])
+        points = torch.cat([center + self.mu * directions, other], dim=1).unflatten(2, z.shape[1:])
         with torch.no_grad():
-            values = loss.black_box(points.reshape(-1, *z.shape[1:]), owners).view(images, -1)
+            values = loss.black_box(Points.around(points, center=0 if central else count)).view(images, -1)
         slopes = (values[:, :count] - values[:, count:]) / (2 * self.mu if central else self.mu)
         at_z = values.mean(1) if central else values[:, count]
         return Estimate(self._combined(slopes, directions).view_as(z), at_z, values.numel())

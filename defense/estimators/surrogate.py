@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from defense.errors import BudgetExhausted
-from defense.estimators.base import Estimate, Estimator, Loss
+from defense.estimators.base import Estimate, Estimator, Loss, Points
 
 _SIGNIFICANT = 2.0  # standard errors
 
@@ -39,7 +39,7 @@ class SurrogateGradient:
         if budget is not None and budget < asked:
             raise BudgetExhausted(f"a budget of {budget} evaluations does not hold {asked} images")
         with torch.no_grad():
-            values = loss.black_box(z.detach()[:asked], torch.arange(asked, device=z.device))
+            values = loss.black_box(Points.around(z.detach()[:asked].unsqueeze(1), center=0))
         at_z = values.new_full((images,), torch.nan)
         at_z[:asked] = values
         return Estimate(known, at_z, asked)

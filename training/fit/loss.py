@@ -3,52 +3,51 @@
 import torch
 from torch import Tensor
 
-from defense.estimators import Loss
+from defense.estimators import Loss, Points
 from defense.objectives import located_loss, stability_loss
 from defense.sanitizer import Sanitizer
+from defense.surrogates import Surrogate
 from defense.victims import MeteredVictim
-from training.fit.student import Student
 
 _CHUNK = 2048  # images decoded and sent at once: bounds the images in memory, not the points they are decoded from
 
 
 def loss_behind_border(
-    z: Tensor, targets: Tensor, sanitizer: Sanitizer, victim: MeteredVictim, student: Student | None
+    targets: Tensor, sanitizer: Sanitizer, victim: MeteredVictim, surrogate: Surrogate | None
 ) -> Loss:
-    """The stability loss around points at the border, where what follows are decoder and victim.
+    """The stability loss of points at the border, where what follows are decoder and victim.
 
     Args:
-        z: (N, *shape) points.
         targets: (N,) or (N, H, W) the victim's classes for the clean images.
         sanitizer: Decodes the points.
         victim: The metered black box, probed already.
-        student: Learns from what is asked, and knows a loss of its own; None: there is no surrogate.
+        surrogate: Learns from the answers at the centers, and knows a loss of its own; None: there is none.
     """
     kind = victim.kind
     assert kind is not None  # probed
 
-    def answers(points: Tensor, owners: Tensor) -> Tensor:
+    def answers(points: Points) -> Tensor:
         seen, answered = [], []
-        for chunk in points.split(_CHUNK):
+        for chunk in points.z.split(_CHUNK):
             images = sanitizer.decode(chunk)
             answered.append(victim.query(images, "training"))
-            if student is not None:
+            if surrogate is not None:
                 seen.append(images)
         scores = torch.cat(answered)
-        if student is not None:
-            student.watch(z, points, owners, torch.cat(seen), scores, kind)
+        if surrogate is not None:
+            surrogate.observe(torch.cat(seen)[points.centers], scores[points.centers], kind)
         return scores
 
-    def black_box(points: Tensor, owners: Tensor) -> Tensor:
-        return stability_loss(answers(points, owners), targets[owners], kind)
+    def black_box(points: Points) -> Tensor:
+        return stability_loss(answers(points), targets[points.owners], kind)
 
-    def located(points: Tensor, owners: Tensor) -> Tensor:
-        scores = answers(points, owners)
-        return located_loss(scores, targets[owners], kind, around=scores[owners])
+    def located(points: Points) -> Tensor:
+        scores = answers(points)
+        around = scores[points.centers][points.owners]
+        return located_loss(scores, targets[points.owners], kind, around)
 
-    def surrogate(points: Tensor) -> Tensor:
-        assert student is not None
-        return student.surrogate.loss(sanitizer.decode(points), targets[: len(points)])
+    def known(z: Tensor) -> Tensor:
+        assert surrogate is not None
+        return surrogate.loss(sanitizer.decode(z), targets[: len(z)])
 
-    known = None if student is None else surrogate
-    return Loss(black_box, known, located if targets.ndim > 1 else None)
+    return Loss(black_box, None if surrogate is None else known, located if targets.ndim > 1 else None)

@@ -11,7 +11,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from defense.objectives import ScoreKind
 from defense.surrogates import Surrogate
 from training.command.errors import UserError
 from training.fit.checkpoint import optimizer_tensors, prefixed, restore_optimizer, under
@@ -35,22 +34,6 @@ class Student:
         self.trained = False
         self.writes = writes
         self._saved = 0
-
-    def watch(self, z: Tensor, points: Tensor, owners: Tensor, images: Tensor, scores: Tensor, kind: ScoreKind) -> None:
-        """Learns from one call of the black box.
-
-        Args:
-            z: (N, *shape) points around which a gradient is estimated.
-            points: (M, *shape) points that were evaluated.
-            owners: (M,) which of the N each belongs to.
-            images: (M, C, H, W) what the victim saw.
-            scores: (M, K) what it answered.
-            kind: What the scores are.
-        """
-        at_z = (points.flatten(1) == z.flatten(1)[owners]).all(1).nonzero().squeeze(1)
-        if not len(at_z):  # central differences: any one of an image's points stands for it
-            at_z = torch.stack([(owners == owner).nonzero()[0, 0] for owner in owners.unique()])
-        self.surrogate.observe(images[at_z], scores[at_z], kind)
 
     def save(self) -> dict[str, Tensor]:
         """Writes the answers that are new, and returns what belongs into the checkpoint."""

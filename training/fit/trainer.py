@@ -236,14 +236,15 @@ class Trainer:
         own = self.team.share(len(clean))
         own_points = self.sanitizer.encode(self._noisy(clean)[own])
         points = self.team.gather(own_points.detach())
-        loss = loss_behind_border(points, targets, self.sanitizer, self.victim, self.student)
+        surrogate = None if self.student is None else self.student.surrogate
+        loss = loss_behind_border(targets, self.sanitizer, self.victim, surrogate)
         estimate = self.estimator(points, loss, self._generator)
-        surrogate = inject_gradient(own_points, estimate.gradient[own])
+        objective = inject_gradient(own_points, estimate.gradient[own])
         if self.settings.mse_weight:
             error = denoising_loss(self.sanitizer.decode(own_points), clean[own]).mean()
-            surrogate = surrogate + self.settings.mse_weight * error
+            objective = objective + self.settings.mse_weight * error
         self._optimizer.zero_grad()
-        (surrogate * (len(own_points) / len(clean))).backward()
+        (objective * (len(own_points) / len(clean))).backward()
         self.team.sum_gradients(self._parameters)
         self.team.same_statistics(self.sanitizer)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
@@ -257,8 +258,8 @@ class Trainer:
         self._optimizer.step()
         if self._averaged is not None:
             self._averaged.update_parameters(self.sanitizer)
-        if self.student is not None:
-            self.student.surrogate.learn(self.student.surrogate.settings.steps)
+        if surrogate is not None:
+            surrogate.learn(surrogate.settings.steps)
         self.step += 1
         return estimate.loss.nanmean().item()
 

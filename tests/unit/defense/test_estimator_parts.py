@@ -14,6 +14,7 @@ from defense.estimators import (
     Extrapolation,
     Guided,
     Loss,
+    Points,
     RandomGradientEstimator,
     Subspace,
     SurrogateGradient,
@@ -32,25 +33,23 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 class Counting:
-    """A linear black box that counts its evaluations and whose answers carry noise."""
+    """A linear black box that counts its evaluations."""
 
-    def __init__(self, gradient: Tensor, noise: float = 0.0) -> None:
+    def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient
-        self.noise = noise
-        self.calls: list[Tensor] = []
-        self._source = generator(99)
+        self.calls: list[Points] = []
 
-    def __call__(self, points: Tensor, owners: Tensor) -> Tensor:
-        self.calls.append(owners)
-        return points.flatten(1) @ self.gradient + self.noise * torch.randn(len(points), generator=self._source)
+    def __call__(self, points: Points) -> Tensor:
+        self.calls.append(points)
+        return points.z.flatten(1) @ self.gradient
 
     @property
     def spent(self) -> int:
-        return sum(len(owners) for owners in self.calls)
+        return sum(len(points.z) for points in self.calls)
 
 
-def surrogate_loss(gradient: Tensor, known: Tensor, noise: float = 0.0) -> tuple[Loss, Counting]:
-    black_box = Counting(gradient, noise)
+def surrogate_loss(gradient: Tensor, known: Tensor) -> tuple[Loss, Counting]:
+    black_box = Counting(gradient)
     return Loss(black_box, lambda points: points.flatten(1) @ known), black_box
 
 
@@ -97,6 +96,32 @@ def test_what_was_spent_is_what_was_evaluated_and_stays_in_the_budget(gradient, 
     assert estimate.gradient.shape == (3, 2, 3, 4)
     assert estimate.loss.shape == (3,)
     assert estimate.spent <= 3 * estimator.evaluations(D)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "asked"),
+    [
+        (RANDOM, 3),
+        (RandomGradientEstimator(2, 0.1, difference="central"), 3),
+        (CoordinateGradientEstimator(0.1), 3),
+        (CoordinateGradientEstimator(0.1, "forward"), 3),
+        (SurrogateGradient(asked=2), 2),
+        (Extrapolation(RANDOM, 2), 2),
+        (ExactGradient(), 3),
+    ],
+    ids=repr,
+)
+def test_the_points_say_whose_they_are_and_which_stand_for_their_images(gradient, estimator, asked):
+    z, black_box = (
+        100 * normal(3, 2, 3, 4, seed=1),
+        Counting(gradient.requires_grad_(isinstance(estimator, ExactGradient))),
+    )
+    estimator(z, Loss(black_box, lambda points: points.flatten(1).sum(1)), generator())
+    (points,) = black_box.calls
+    assert ((points.z - z[points.owners]).flatten(1).norm(dim=1) < 0.11).all()
+    assert points.owners[points.centers].tolist() == list(range(asked))
+    if getattr(estimator, "difference", "forward") == "forward":
+        assert torch.equal(points.z[points.centers], z[:asked])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +265,7 @@ def test_what_needs_a_surrogate_says_so(gradient, estimator: Estimator):
 
 def test_the_exact_gradient_is_that_of_automatic_differentiation():
     z = normal(3, 2, 4, seed=1)
-    loss = Loss(lambda points, owners: points.sin().flatten(1).prod(1))
+    loss = Loss(lambda points: points.z.sin().flatten(1).prod(1))
     estimate = ExactGradient()(z, loss, generator())
     points = z.clone().requires_grad_(True)
     (expected,) = torch.autograd.grad(points.sin().flatten(1).prod(1).sum(), points)
@@ -251,8 +276,8 @@ def test_the_exact_gradient_is_that_of_automatic_differentiation():
 
 def test_the_exact_gradient_of_a_black_box_is_refused():
     @torch.no_grad()
-    def black_box(points: Tensor, owners: Tensor) -> Tensor:
-        return points.sum(1)
+    def black_box(points: Points) -> Tensor:
+        return points.z.sum(1)
 
     with pytest.raises(DefenseError, match="this victim is a black box"):
         ExactGradient()(normal(2, D, seed=1), Loss(black_box), generator())

@@ -9,6 +9,7 @@ from defense.estimators import (
     Estimator,
     Isotropic,
     Loss,
+    Points,
     RandomGradientEstimator,
     sample_directions,
 )
@@ -18,11 +19,11 @@ DRAWS = 4000
 
 
 def linear(gradient: Tensor) -> Loss:
-    return Loss(lambda points, owners: points @ gradient)
+    return Loss(lambda points: points.z @ gradient)
 
 
 def quadratic(hessian: Tensor, gradient: Tensor) -> Loss:
-    return Loss(lambda points, owners: 0.5 * torch.einsum("ni,ij,nj->n", points, hessian, points) + points @ gradient)
+    return Loss(lambda points: 0.5 * torch.einsum("ni,ij,nj->n", points.z, hessian, points.z) + points.z @ gradient)
 
 
 def many_estimates(estimator: Estimator, loss, z: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
@@ -134,9 +135,9 @@ def test_forward_cge_is_biased_by_half_mu_times_the_diagonal_of_the_hessian(grad
 def test_all_points_go_into_one_call_and_cost_what_was_announced(estimator, evaluations, shape, count):
     calls = []
 
-    def black_box(points: Tensor, owners: Tensor) -> Tensor:
-        calls.append((points.shape, owners.bincount().tolist()))
-        return points.flatten(1).sum(1)
+    def black_box(points: Points) -> Tensor:
+        calls.append((points.z.shape, points.owners.bincount().tolist()))
+        return points.z.flatten(1).sum(1)
 
     z = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     estimate = estimator(z, Loss(black_box), torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from defense.errors import BudgetExhausted
-from defense.estimators import LocalGradientEstimator, Loss, RandomGradientEstimator
+from defense.estimators import LocalGradientEstimator, Loss, Points, RandomGradientEstimator
 from defense.objectives import located_loss, stability_loss
 
 MU = 0.01
@@ -33,12 +33,12 @@ class Spread:
     def map(self, points: Tensor) -> Tensor:
         return F.conv2d(points, self.weights, padding=self.weights.shape[-1] // 2).squeeze(1)
 
-    def located(self, points: Tensor, owners: Tensor) -> Tensor:
-        self.spent += len(points)
-        return self.map(points)
+    def located(self, points: Points) -> Tensor:
+        self.spent += len(points.z)
+        return self.map(points.z)
 
     def loss(self) -> Loss:
-        return Loss(lambda points, owners: self.located(points, owners).flatten(1).sum(1), located=self.located)
+        return Loss(lambda points: self.located(points).flatten(1).sum(1), located=self.located)
 
     def gradient(self, z: Tensor) -> Tensor:
         z = z.clone().requires_grad_(True)
@@ -108,11 +108,11 @@ def test_a_window_over_everything_is_rge_with_random_signs():
 def test_a_code_cell_owns_the_pixels_it_is_decoded_to():
     weights = normal(3, seed=4)
 
-    def located(points: Tensor, owners: Tensor) -> Tensor:
-        cells = torch.einsum("c,mcij->mij", weights, points)
+    def located(points: Points) -> Tensor:
+        cells = torch.einsum("c,mcij->mij", weights, points.z)
         return cells.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2) / 16
 
-    loss = Loss(lambda points, owners: located(points, owners).flatten(1).sum(1), located=located)
+    loss = Loss(lambda points: located(points).flatten(1).sum(1), located=located)
     source = generator()
     estimator = LocalGradientEstimator(8, MU, window=1)
     found = torch.cat([estimator(torch.zeros(4, 3, 2, 2), loss, source).gradient for _ in range(500)])
@@ -128,11 +128,11 @@ def test_local_credit_needs_fewer_queries_than_rge_on_a_segmenter():
     z = normal(8, 1, 16, 16, seed=5)
     targets = network(z + 0.5 * normal(8, 1, 16, 16, seed=6)).argmax(1)
 
-    def located(points: Tensor, owners: Tensor) -> Tensor:
-        scores = network(points)
-        return located_loss(scores, targets[owners], "logits", around=scores[owners])
+    def located(points: Points) -> Tensor:
+        scores = network(points.z)
+        return located_loss(scores, targets[points.owners], "logits", around=scores[points.centers][points.owners])
 
-    loss = Loss(lambda points, owners: stability_loss(network(points), targets[owners], "logits"), located=located)
+    loss = Loss(lambda points: stability_loss(network(points.z), targets[points.owners], "logits"), located=located)
     points = z.clone().requires_grad_(True)
     (true,) = torch.autograd.grad(stability_loss(network(points), targets, "logits").sum(), points)
 
@@ -165,12 +165,12 @@ def test_what_cannot_be_located_is_refused():
     box = Spread(reach=1)
     estimator = LocalGradientEstimator(2, MU, 3)
     with pytest.raises(ValueError, match="answers for every pixel"):
-        estimator(Z, Loss(lambda points, owners: points.flatten(1).sum(1)), generator())
+        estimator(Z, Loss(lambda points: points.z.flatten(1).sum(1)), generator())
     with pytest.raises(ValueError, match=r"points \(N, c, h, w\)"):
         estimator(Z.flatten(1), box.loss(), generator())
     with pytest.raises(ValueError, match="do not divide"):
         estimator(
             torch.zeros(1, 2, 4, 4),
-            Loss(box.loss().black_box, located=lambda p, o: p.new_zeros(len(p), 6, 6)),
+            Loss(box.loss().black_box, located=lambda points: torch.zeros(len(points.z), 6, 6)),
             generator(),
         )

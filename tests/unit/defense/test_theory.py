@@ -40,14 +40,14 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def linear(gradient: Tensor, surrogate: Tensor | None = None) -> Loss:
     known = None if surrogate is None else lambda points: points @ surrogate
-    return Loss(lambda points, owners: points @ gradient, known)
+    return Loss(lambda points: points.z @ gradient, known)
 
 
 def noisy(black_box, deviation: float, seed: int = 11) -> Loss:
     """A loss whose every evaluation carries fresh noise."""
     source = generator(seed)
     return Loss(
-        lambda points, owners: black_box(points) + deviation * torch.randn(len(points), generator=source).to(points)
+        lambda points: black_box(points.z) + deviation * torch.randn(len(points.z), generator=source).to(points.z)
     )
 
 
@@ -118,7 +118,7 @@ def test_rge_is_the_gradient_of_the_smoothed_loss(dimension, sampling, differenc
         factors = torch.tensor([ball_factor(mu * length.item(), dimension) for length in lengths])
     slopes = -(waves @ z).sin()
     smoothed, true = (factors * slopes) @ waves, slopes @ waves
-    loss = Loss(lambda points, owners: (points @ waves.T).cos().sum(1))
+    loss = Loss(lambda points: (points.z @ waves.T).cos().sum(1))
     estimator = RandomGradientEstimator(3, mu, Isotropic(sampling), difference)
     found = estimates(estimator, loss, z, draws)
     standard_error = found.std(0) / math.sqrt(draws)
@@ -134,7 +134,7 @@ def test_rge_is_the_gradient_of_the_smoothed_loss(dimension, sampling, differenc
 @pytest.mark.parametrize("mu", [0.5, 2.0])
 def test_the_bound_on_the_bias_is_attained_in_one_dimension(mu):
     """Formula 1: l = z |z| / 2 has L = 1 and gradient 0 at 0; in d = 1 the bound mu L d / (d + 1) is mu / 2."""
-    loss = Loss(lambda points, owners: (points * points.abs() / 2)[:, 0])
+    loss = Loss(lambda points: (points.z * points.z.abs() / 2)[:, 0])
     found = estimates(RandomGradientEstimator(1, mu), loss, torch.zeros(1), 10)
     torch.testing.assert_close(found, torch.full((10, 1), mu / 2))
 
@@ -225,7 +225,7 @@ def test_the_curvature_term_of_other_directions(sampling, factor):
     """Formula 4 for orthonormal and Gaussian directions, at a point without a gradient, so that it is all there is."""
     matrix = normal(D, D, seed=3)
     hessian, mu, directions, draws = (matrix + matrix.T) / 2, 2.0, 3, 20_000
-    loss = Loss(lambda points, owners: 0.5 * torch.einsum("ni,ij,nj->n", points, hessian, points))
+    loss = Loss(lambda points: 0.5 * torch.einsum("ni,ij,nj->n", points.z, hessian, points.z))
     found = estimates(RandomGradientEstimator(directions, mu, Isotropic(sampling)), loss, torch.zeros(D), draws)
     moment = (2 * hessian.square().sum() + hessian.trace() ** 2).item()
     assert_mean(found.square().sum(1), factor * mu**2 * moment / (4 * directions))
@@ -252,7 +252,7 @@ def test_at_one_budget_central_differences_double_the_error(gradient):
 def test_forward_cge_stays_below_its_bound_and_attains_it():
     """Formula 5: |bias| <= (mu/2) L sqrt(d), with equality on (L/2)|z|^2."""
     lipschitz, mu, z = 3.0, 0.5, normal(1, D, seed=5)
-    loss = Loss(lambda points, owners: lipschitz / 2 * points.square().sum(1))
+    loss = Loss(lambda points: lipschitz / 2 * points.z.square().sum(1))
     bias = CoordinateGradientEstimator(mu, "forward")(z, loss, generator()).gradient - lipschitz * z
     assert bias.norm().item() == pytest.approx(mu / 2 * lipschitz * math.sqrt(D), rel=1e-3)
 
@@ -260,7 +260,7 @@ def test_forward_cge_stays_below_its_bound_and_attains_it():
 def test_central_cge_is_biased_by_the_third_derivative():
     """Formula 5: mu^2/6 times d^3 l / d z_j^3, which on (rho/6) sum z_j^3 attains the bound mu^2 rho sqrt(d) / 6."""
     third, mu, z = 2.0, 0.5, normal(1, D, seed=5)
-    loss = Loss(lambda points, owners: third / 6 * (points**3).sum(1))
+    loss = Loss(lambda points: third / 6 * (points.z**3).sum(1))
     bias = CoordinateGradientEstimator(mu)(z, loss, generator()).gradient - third / 2 * z.square()
     torch.testing.assert_close(bias, torch.full((1, D), mu**2 * third / 6), atol=1e-4, rtol=1e-3)
     assert bias.norm().item() == pytest.approx(mu**2 * third * math.sqrt(D) / 6, rel=1e-3)
@@ -358,7 +358,7 @@ def test_the_error_of_central_differences_where_there_is_a_gradient(sampling, gr
     """Formula 5: v |g|^2 + (d^2/q) mu^4 tau^2 / 36 + 2 v g.b, and (1 - 1/q)|b|^2 with independent directions."""
     third, mu, count, draws = 2.0, 4.0, 6, 40_000
     gradient = gradient.abs()  # along the bias, so that the mixed term is large
-    loss = Loss(lambda points, owners: points @ gradient + third / 6 * (points**3).sum(1))
+    loss = Loss(lambda points: points.z @ gradient + third / 6 * (points.z**3).sum(1))
     bias = torch.full((D,), mu**2 * third / (2 * (D + 2)))
     slope = 15 * D * third**2 / (D * (D + 2) * (D + 4))
     relative = (D - 1) / count if sampling == "sphere" else D / count - 1
@@ -548,7 +548,7 @@ def test_errors_that_are_independent_between_images_average_out(images):
     gradients = common + normal(images, D, seed=2)
     jacobians = torch.stack([jacobian(0, parameters) + 0.3 * jacobian(i + 1, parameters) for i in range(images)])
     true = torch.einsum("bd,bdp->p", gradients, jacobians) / images
-    loss = Loss(lambda points, owners: (points * gradients[owners % images]).sum(1))
+    loss = Loss(lambda points: (points.z * gradients[points.owners % images]).sum(1))
     found = RandomGradientEstimator(count, 0.1)(torch.zeros(draws * images, D), loss, generator()).gradient
     mean = torch.einsum("nbd,bdp->np", found.view(draws, images, D), jacobians) / images
     per_image = [parameter_error("sphere", gradients[i], jacobians[i], count) for i in range(images)]
@@ -578,7 +578,7 @@ def test_the_best_number_of_directions_an_image():
     """Formula 9: variance x cost (q + 1)(S^2 + k G^2 / q) is least at q = sqrt(k) G / S, here sqrt(d - 1) = 4.8."""
     draws = 20_000
     gradients = normal(draws, D, seed=1)  # mean 0: G = S
-    loss = Loss(lambda points, owners: (points * gradients[owners]).sum(1))
+    loss = Loss(lambda points: (points.z * gradients[points.owners]).sum(1))
     cost = {}
     for count in (1, 5, 20):
         found = RandomGradientEstimator(count, 0.1)(torch.zeros(draws, D), loss, generator()).gradient
