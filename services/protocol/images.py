@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from services.protocol.decoding.tiffs import load_tiff
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
-from services.protocol.tiffs import load_tiff
 
 MAX_PIXELS = 40_000_000
 """Default bound on width times height: decoded as RGB, 120 MB."""
@@ -89,7 +89,7 @@ def decode_sized(
 
 def _dicom_frame(data: bytes, frame: int | None, max_pixels: int) -> Image.Image:
     try:
-        from services.protocol.dicom import read_frame  # pydicom is an extra, and takes a while to import
+        from services.protocol.decoding.dicom import read_frame  # pydicom is an extra, and takes a while to import
     except ModuleNotFoundError as error:
         raise UnsupportedMedia("this service was installed without DICOM support, the extra `dicom`") from error
     return Image.fromarray(read_frame(data, frame=frame, max_pixels=max_pixels))

@@ -253,7 +253,7 @@ def test_frames_are_for_dicom() -> None:
 
 def test_without_pydicom_there_is_no_dicom_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     data = dicom([[1, 2]])
-    for name in [name for name in sys.modules if name.startswith(("pydicom", "services.protocol.dicom"))]:
+    for name in [name for name in sys.modules if name.startswith(("pydicom", "services.protocol.decoding.dicom"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UnsupportedMedia, match="installed without DICOM support"):

@@ -22,8 +22,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from services.protocol import dicom_elements, dicom_frames
-from services.protocol.dicom import read_frame
+from services.protocol.decoding import dicom_elements, dicom_frames
+from services.protocol.decoding.dicom import read_frame
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
 RNG = np.random.default_rng(0)

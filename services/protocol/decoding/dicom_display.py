@@ -9,8 +9,8 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_windowing, convert_color_space
 
-from services.protocol.dicom_elements import first_number_of, integers_of, items_of, malformed, value_of
-from services.protocol.dicom_frames import Layout
+from services.protocol.decoding.dicom_elements import first_number_of, integers_of, items_of, malformed, value_of
+from services.protocol.decoding.dicom_frames import Layout
 from services.protocol.errors import InvalidInput, UnsupportedMedia
 
 READ = (

@@ -15,8 +15,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from services.protocol import dicom_codestreams
-from services.protocol.dicom_codestreams import Claim, check_frame
+from services.protocol.decoding import dicom_codestreams
+from services.protocol.decoding.dicom_codestreams import Claim, check_frame
 from services.protocol.errors import InvalidInput, TooLarge
 
 RNG = np.random.default_rng(0)

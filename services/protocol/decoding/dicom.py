@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
-from services.protocol.dicom_display import COLORS, READ, palette_to_rgb, to_grey, to_rgb
-from services.protocol.dicom_elements import Stream, element_tag, integer_of, integers_of, malformed, value_of
-from services.protocol.dicom_frames import MAX_FRAMES, Layout, PixelData, refuse_undecodable, stored_values
+from services.protocol.decoding.dicom_display import COLORS, READ, palette_to_rgb, to_grey, to_rgb
+from services.protocol.decoding.dicom_elements import Stream, element_tag, integer_of, integers_of, malformed, value_of
+from services.protocol.decoding.dicom_frames import MAX_FRAMES, Layout, PixelData, refuse_undecodable, stored_values
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
 _LAYOUT = (

@@ -6,7 +6,7 @@ from dicom_files import dataset, dicom, lookup_table, written
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from services.protocol.dicom import read_frame
+from services.protocol.decoding.dicom import read_frame
 from services.protocol.errors import InvalidInput, UnsupportedMedia
 
 RAMP = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)

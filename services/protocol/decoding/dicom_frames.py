@@ -9,8 +9,8 @@ from pydicom.encaps import encapsulate, get_frame, parse_basic_offsets, parse_fr
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
-from services.protocol.dicom_codestreams import SYNTAXES, check_frame
-from services.protocol.dicom_elements import Stream
+from services.protocol.decoding.dicom_codestreams import SYNTAXES, check_frame
+from services.protocol.decoding.dicom_elements import Stream
 from services.protocol.errors import InvalidInput, TooLarge, UnsupportedMedia
 
 MAX_FRAMES: Final = 100_000

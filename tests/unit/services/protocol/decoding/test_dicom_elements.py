@@ -7,8 +7,8 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
 
-from services.protocol import dicom_elements
-from services.protocol.dicom_elements import (
+from services.protocol.decoding import dicom_elements
+from services.protocol.decoding.dicom_elements import (
     MAX_VALUE,
     Stream,
     element_tag,

@@ -22,8 +22,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from services.protocol import dicom_elements
-from services.protocol.dicom import read_frame
+from services.protocol.decoding import dicom_elements
+from services.protocol.decoding.dicom import read_frame
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
 RNG = np.random.default_rng(0)
@@ -301,7 +301,7 @@ def test_no_log_warning_or_error_quotes_a_file(tmp_path: Path) -> None:
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
     command = [sys.executable, "-c", PROGRAM, *map(str, paths)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[5], capture_output=True, text=True, check=True)
     told = done.stdout.splitlines()
     assert len(told) == len(files)
     assert told.count("read") >= 4

@@ -1,0 +1,1 @@
+"""What `services.protocol.images` decodes with, by format."""
