@@ -36,7 +36,7 @@ from defense.attacks import least_right
 from services.device import resolve_device
 from services.protocol.client import HTTPVictim
 from services.protocol.mapping import load_mapping
-from training.attack.campaign import Campaign
+from training.attack.ensemble import AttackEnsemble
 from training.attack.insider import Insider
 from training.attack.outsider import Outsider
 from training.command.cli import add_device_argument, non_negative_int, positive_int, run
@@ -92,7 +92,7 @@ def _attack(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         metric = main_metric(chosen.labels)
-        campaign = Campaign(insider, outsider, row, metric, least_right(chosen.labels), arguments.results)
+        ensemble = AttackEnsemble(insider, outsider, row, metric, least_right(chosen.labels), arguments.results)
         print(f"{name} on {splits.name}, {arguments.split}, {len(chosen)} images; {metric}, in %")
         if insider is not None:
             copies = (
@@ -101,7 +101,7 @@ def _attack(arguments: argparse.Namespace) -> int:
             print(f"insider: {copies}, PGD of {arguments.steps} steps")
         if outsider is not None:
             print(f"outsider: {arguments.queries} queries an image and run, {arguments.student_queries} for a student")
-        campaign.run([size / 255 for size in arguments.epsilons_linf], arguments.epsilons_l2)
+        ensemble.run([size / 255 for size in arguments.epsilons_linf], arguments.epsilons_l2)
     print(f"Rows added to {arguments.results}")
     return 0
 

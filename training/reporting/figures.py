@@ -14,7 +14,7 @@ mpl.use("Agg")  # files only; there may be no screen
 
 from matplotlib import pyplot as plt
 
-from training.attack.campaign import OUTSIDER, WORST_CASE
+from training.attack.ensemble import OUTSIDER, WORST_CASE
 from training.attack.checks import SURE
 from training.comparison.plots import COLOURS, MARKERS
 from training.measure.results import Row
