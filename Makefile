@@ -9,27 +9,48 @@ ROUNDS ?= 10
 SECONDS ?= 300
 CODE := defense services training benchmarks tests
 
+# PyTorch from an index of its builds (cpu, cu126, ...) instead of PyPI; an installed one is replaced after `make clean`.
+TORCH ?=
+INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
+# The contract tests start MLServer from here: it needs an older FastAPI than this project's.
+MLSERVER := .venv-mlserver
+# A module's tests stay in one process, which makes its fixtures once; every process imports PyTorch.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos fuzz load bench reference audit lint format compose-check clean
+.NOTPARALLEL:
+.PHONY: help install demo test test-slow test-all chaos fuzz load bench reference audit lint format compose-check clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# The stamp makes every target cheap once the environment is there, and follows changes of pyproject.toml.
-$(VENV)/.installed: pyproject.toml
+# Each extra has a stamp, which makes a target cheap once its extra is there and follows changes of pyproject.toml.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet $(INDEX) --editable '.[$*]'
 	@touch $@
 
-install: $(VENV)/.installed ## Make the virtual environment and install everything into it.
+$(MLSERVER)/.installed:
+	$(PYTHON) -m venv $(MLSERVER)
+	$(MLSERVER)/bin/pip install --quiet 'mlserver>=1.7; python_version < "3.13"'
+	@touch $@
 
-demo: install ## The main job end to end on DATA (phantom, or a folder), into OUT; TASK=segmentation for masks.
+install: $(VENV)/.installed-dev ## Make the virtual environment and install everything into it.
+
+demo: $(VENV)/.installed-training ## The main job end to end on DATA (phantom, or a folder), into OUT; TASK=segmentation, TORCH=cpu.
 	$(BIN)/python -m training.demo --data $(DATA) $(if $(TASK),--task $(TASK)) --out $(OUT)
 
-test: install ## Run all tests.
-	$(BIN)/pytest
+test: $(VENV)/.installed-test ## The fast tests: minutes.
+	$(PYTEST) -m 'not slow'
+
+test-slow: install $(MLSERVER)/.installed ## The others: real processes, faults, a browser, other servers, benchmarks.
+	$(PYTEST) -m slow tests
+
+test-all: test test-slow ## All tests.
 
 chaos: install ## Faults on purpose, for many rounds: victims, gateway and trainer killed, hung, lied to, out of disk.
 	CHAOS_ROUNDS=$(ROUNDS) $(BIN)/pytest tests/e2e/test_faults.py tests/e2e/test_zo_fit_over_http.py
@@ -71,4 +92,4 @@ compose-check: ## Check docker-compose.yml for real, where a container engine is
 	deploy/compose-check.sh
 
 clean: ## Remove what install and the tools made (not the artifacts).
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MLSERVER) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -19,30 +19,6 @@ from services.protocol.errors import UpstreamUnreachable
 from services.protocol.images import encode_png
 
 
-def test_hospital_and_gateway_answer_images_and_tensors_and_end_quietly(
-    start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
-) -> None:
-    hospital, hospital_url = start("services.hospital", "--model", str(victim[0]))
-    gateway, gateway_url = start("services.gateway", "--artifact", str(artifact[0]), "--victim-url", hospital_url)
-    batch = images(300)
-    with torch.inference_mode():
-        bare, defended = victim[1](batch).softmax(1), victim[1](artifact[1](batch)).softmax(1)
-    for url, expected in ((hospital_url, bare), (gateway_url, defended)):
-        with HTTPVictim([url], batch=128) as client:
-            assert client.ready()
-            assert torch.allclose(client(batch), expected, atol=1e-5)
-            told = client.describe(batch[0])
-            assert told["labels"] == ["a", "b", "c"]
-            assert told["probabilities"] == pytest.approx(expected[0].tolist(), abs=0.01)
-        files = {"file": ("scan.png", encode_png(batch[0].numpy()), "image/png")}
-        response = httpx.post(f"{url}/predict", files=files)
-        assert response.json() == told
-    assert response.headers["X-Artifact-Id"] == response.json()["artifact"]["id"]
-    assert response.json()["artifact"]["queries_spent"] == 7
-    assert stop(gateway) == ""
-    assert stop(hospital) == ""
-
-
 def test_the_gateway_outlives_its_victim_and_says_what_is_wrong(
     start: Start, victim: tuple[Path, torch.nn.Module], artifact: tuple[Path, Sanitizer]
 ) -> None:

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("defense", "services", "training")
 
 
+@pytest.mark.slow
 def test_the_reference_builds_without_warnings_and_holds_every_module(tmp_path: Path) -> None:
     make = (ROOT / "Makefile").read_text()
     (line,) = [line for line in make.splitlines() if "-m pdoc" in line]

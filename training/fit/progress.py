@@ -11,6 +11,7 @@ from defense.errors import InvalidAnswer
 from defense.victims import QueryLedger
 from services.protocol.errors import ServiceError
 from training.fit.trainer import Trainer
+from training.fit.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,9 @@ def train(trainer: Trainer, ledger: QueryLedger) -> str:
             raise
 
 
-def log_end(trainer: Trainer, reason: str) -> None:
+def log_end(trainer: Trainer, reason: str, best: Validation) -> None:
     """Logs how it ended."""
-    first, best = trainer.history[0], trainer.best
-    assert best is not None  # trained
+    first = trainer.history[0]
     logger.info(
         "ended: %s. Validation at sigma, single noisy copy: agreement %.1f%% before, %.1f%% best (step %d)",
         reason,

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from services.protocol.client import Endpoint
 from training.data.datasets import ImageSet, Splits
-from training.measure.endpoints import Connect
+from training.measure.endpoints import Connect, Endpoint
 
 LABELS = ("dark", "bright")
 SHAPE = (1, 4, 4)
