@@ -17,12 +17,12 @@ the attacks are worth the name, the same at several times the radius shows.
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import torch
-import tritonclient.http as triton
 from scipy.stats import beta
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from defense.artifact import load_artifact
 from defense.attacks import craft
 from defense.smoothing import ABSTAIN
 from services.hospital.model import load_victim
+from services.protocol import oip
 from training.command import cli
 from training.data.datasets import load_data
 from training.measure.results import align
@@ -78,11 +79,11 @@ def inside(images: Tensor, attacked: Tensor, radius: float) -> Tensor:
     return near
 
 
-def ask(client: triton.InferenceServerClient, image: Tensor, mode: str) -> triton.InferResult:
-    """The gateway's answer to one image (C,H,W) in a mode."""
-    sent = triton.InferInput("images", [1, *image.shape], "FP32")
-    sent.set_data_from_numpy(image[None].numpy())
-    return client.infer("defended", [sent], query_params={"mode": mode})
+def ask(gateway: httpx.Client, image: Tensor, mode: str) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of the gateway's answer to one image (C,H,W) in a mode."""
+    body, headers = oip.encode_request([oip.Tensor(oip.INPUT, image[None].numpy())])
+    response = gateway.post("/predict", params={"mode": mode}, content=body, headers=headers).raise_for_status()
+    return oip.decode_response(response.content, oip.header_length(response.headers.get(oip.HEADER)))
 
 
 def main() -> int:
@@ -109,22 +110,23 @@ def _measure(arguments: argparse.Namespace) -> int:
     tallies = {(name, times): Tally() for name in ("pgd-l2", "ddn") for times in (1.0, arguments.times)}
     radii = []
     flags = ["--modes", "certify,smooth", "--certify-n", str(arguments.n), "--smooth-n", str(arguments.n)]
-    with defended(arguments, flags) as urls:
-        client = triton.InferenceServerClient(urls.gateway.removeprefix("http://"), network_timeout=600)
+    with defended(arguments, flags) as urls, httpx.Client(base_url=urls.gateway, timeout=600) as client:
         for image in tqdm(chosen.images, "certified_attacks", unit="image"):
             certificate = ask(client, image, "certify")
-            certified, radius = certificate.as_numpy("label")[0], float(certificate.as_numpy("radius")[0])
+            certified, radius = certificate["label"][0], float(certificate["radius"][0])
             if radius == 0:
                 continue
             radii.append(radius)
-            answer = torch.tensor(certificate.as_numpy("probabilities")).argmax(dim=1)
+            answer = torch.tensor(certificate["probabilities"]).argmax(dim=1)
             for (name, times), tally in tallies.items():
                 epsilon = times * radius * _INSIDE if name == "pgd-l2" else None
                 found = craft(name, smoothed, image[None], answer, epsilon, steps=arguments.steps, seed=arguments.seed)
                 attacked = inside(image[None], found, times * radius)[0]
-                tally.add(certified, ask(client, attacked, "smooth").as_numpy("label")[0])
+                tally.add(certified, ask(client, attacked, "smooth")["label"][0])
     masks = chosen.labels.ndim > 1
     print(f"{splits.name}, {arguments.split}: {len(radii)} of {len(chosen)} images certified at n = {arguments.n}")
+    if not radii:
+        return 0
     print(f"radius: median {np.median(radii):.3f}, largest {max(radii):.3f}")
     head = ["attack", "radii", "tries", "flips", "at most (95%)", "abstained"] + (
         ["pixels", "flipped"] if masks else []
