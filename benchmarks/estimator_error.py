@@ -31,10 +31,10 @@ from defense.estimators import (
 )
 from defense.surrogates import Surrogate
 from services.device import resolve_device
-from training import pretrain
 from training.command import cli
 from training.comparison.plots import COLOURS, MARKERS
 from training.data.datasets import load_data
+from training.fit.pretraining import SANITIZERS, load_pretrained
 from training.victim.in_process import in_process
 
 
@@ -118,8 +118,8 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> int:
     splits = load_data(arguments)
     parts = {
-        name: pretrain.load(arguments.pretrained, name, splits, arguments.sigma).requires_grad_(True)
-        for name in pretrain.SANITIZERS
+        name: load_pretrained(arguments.pretrained, name, splits, arguments.sigma).requires_grad_(True)
+        for name in SANITIZERS
     }
     for part in parts.values():
         part.freeze_decoder()

@@ -21,11 +21,11 @@ from matplotlib import pyplot as plt
 from benchmarks.gradients import MU, Bench, Finding, rge, write
 from defense.estimators import LocalGradientEstimator
 from services.device import resolve_device
-from training import pretrain
 from training.command import cli
 from training.command.errors import UserError
 from training.comparison.plots import COLOURS, MARKERS
 from training.data.datasets import load_data
+from training.fit.pretraining import SANITIZERS, load_pretrained
 from training.victim.in_process import in_process
 
 _COUNTS = (4, 16, 64, 256)
@@ -94,8 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
     findings = []
     with in_process(arguments.victim, resolve_device("cpu"), splits) as victim:
         targets = victim(clean).argmax(1)
-        for border, name in zip(_WINDOWS, pretrain.SANITIZERS, strict=True):
-            sanitizer = pretrain.load(arguments.pretrained, name, splits, arguments.sigma).requires_grad_(True)
+        for border, name in zip(_WINDOWS, SANITIZERS, strict=True):
+            sanitizer = load_pretrained(arguments.pretrained, name, splits, arguments.sigma).requires_grad_(True)
             sanitizer.freeze_decoder()
             if sanitizer.autoencoder is not None and len(sanitizer.autoencoder.code_shape) != 3:
                 continue  # a code without cells

@@ -24,7 +24,7 @@ from services.hospital.model import load_victim
 from services.protocol.client import HTTPVictim
 from training.command import cli
 from training.command.subprocesses import service
-from training.fit.settings import FitSettings
+from training.fit.config import FitConfig
 from training.fit.trainer import Trainer
 
 
@@ -119,24 +119,9 @@ def _trainer(victim: Victim, arguments: argparse.Namespace, folder: Path) -> Tra
     images = torch.rand(256, *shape, generator=torch.Generator().manual_seed(0))
     metered = MeteredVictim(victim, QueryLedger())
     metered.kind = "probabilities"
-    settings = FitSettings(
-        sigma=0.25,
-        less_noise=0.0,
-        batch=arguments.batch,
-        extra=0,
-        learning_rate=1e-6,
-        mse_weight=50.0,
-        clip=1.0,
-        schedule="constant",
-        averaging=0.0,
-        reconstruction="kept",
-        steps=None,
-        validate_every=1,
-        checkpoint_every=1,
-        seed=0,
-    )
+    config = FitConfig(batch=arguments.batch, learning_rate=1e-6, validate_every=1, checkpoint_every=1)
     estimator = RandomGradientEstimator(arguments.directions, mu=0.005)
-    return Trainer(sanitizer, metered, estimator, images, images[:1], settings, folder, {})
+    return Trainer(sanitizer, metered, estimator, images, images[:1], config, folder, {})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ and then from its environment variables.
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -78,6 +79,25 @@ def read(kind: type[M], argv: Sequence[str] | None, *, prog: str) -> M:
         for line in explained(error, prefix):
             print(f"{prog}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def flags_of(config: Config, implied: Mapping[str, object] = MappingProxyType({})) -> list[str]:
+    """The flags that make a configuration again; what has its default is left out.
+
+    Args:
+        config: What `read` would return.
+        implied: Fields that others imply, with the values that they have then in place of their defaults.
+    """
+    flags: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if value == implied.get(name, field.default):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return flags
 
 
 def explained(error: ValidationError, env_prefix: object = None) -> list[str]:

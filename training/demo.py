@@ -7,7 +7,6 @@ Run again after an interruption, it goes on where it stopped: whatever is finish
 a larger --max-queries continues the learned defenses.
 """
 
-import argparse
 import json
 import logging
 import shlex
@@ -19,15 +18,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import Field, PositiveInt
+
 from defense.artifact import MANIFEST_FILE, load_artifact
 from defense.files import replace_file
-from training import pretrain
-from training.command import cli
+from services.settings import flags_of
 from training.command.errors import UserError
 from training.command.subprocesses import ProcessFailed, run_verb, service
-from training.data.config import PHANTOM, Task
-from training.data.datasets import dataset_name, settle
+from training.command.verb import run
+from training.data.config import PHANTOM, DataConfig, Task
+from training.data.datasets import dataset_name, settled
 from training.fit.checkpoint import Journal
+from training.fit.config import RunConfig
+from training.fit.presets import PRESETS, PresetName
+from training.fit.pretraining import SANITIZERS
 from training.report import NAME as REPORT_FILE
 from training.victim.files import EXAMPLE_NAME, REPORT_NAME
 
@@ -38,7 +42,7 @@ GRID_NAME: Final = "grid.png"
 SAMPLES_NAME: Final = "samples"
 """Below the demo's folder: images for the gateway's page."""
 
-_METHODS: Final[dict[Task, dict[str, str]]] = {
+_METHODS: Final[dict[Task, dict[str, PresetName]]] = {
     # At 4096 dimensions, as many queries spent on fewer directions and more images teach more (docs/experiments.md).
     "classification": {"zo-ds": "zo-ds", "zo-ae-ds": "zo-ae-ds-rge20"},
     "segmentation": {"zo-ds": "zo-ds", "local": "local"},
@@ -46,54 +50,63 @@ _METHODS: Final[dict[Task, dict[str, str]]] = {
 """The learned defenses of each task, by name, with the presets that make them."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.partition("\n")[0])
-    cli.add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("artifacts"), help="everything goes below it")
-    parser.add_argument(
-        "--epochs", type=cli.positive_int, help="of the victim (default: 16 for phantom masks, else victim_fit's)"
+class DemoConfig(DataConfig):
+    """The main job, end to end, with real processes over HTTP: a black box, its defense, attacks, and one table."""
+
+    out: Path = Field(Path("artifacts"), description="everything goes below it")
+    epochs: PositiveInt | None = Field(
+        None, description="of the victim (default: 16 for phantom masks, else victim_fit's)"
     )
-    parser.add_argument("--pretrain-steps", type=cli.positive_int, help="default: 600 for phantoms, else 1200")
-    parser.add_argument(
-        "--max-queries", type=cli.positive_int, help="for each defense; default: 15000 for phantoms, else 100000"
+    pretrain_steps: PositiveInt | None = Field(None, description="default: 600 for phantoms, else 1200")
+    max_queries: PositiveInt | None = Field(
+        None, description="for each defense; default: 15000 for phantoms, else 100000"
     )
-    parser.add_argument(
-        "--limit", type=cli.positive_int, help="test images attacked; default: 150 for phantoms (masks: 50), else 300"
+    limit: PositiveInt | None = Field(
+        None, description="test images attacked; default: 150 for phantoms (masks: 50), else 300"
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     # SIGTERM unwinds like Ctrl-C, so that the services it started are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return cli.run(_demo, build_parser(), argv)
+    return run(_demo, DemoConfig, argv, prog="python -m training.demo")
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(typed: DemoConfig) -> int:
     begun = time.monotonic()
-    is_phantom = arguments.data == PHANTOM
-    data = _data_flags(arguments)
-    settle(arguments)
-    masks = is_phantom and arguments.task == "segmentation"  # two sets of phantoms have one name
-    out = arguments.out / (dataset_name(arguments.data) + ("-masks" if masks else ""))
+    config = settled(typed)
+    assert config.task is not None  # settled
+    is_phantom, masks = config.data == PHANTOM, config.task == "segmentation"
+    images = DataConfig(**typed.model_dump(include=set(DataConfig.model_fields)))
+    data = ["--data", images.data, *flags_of(images, {"data": images.data})]
+    # Two sets of phantoms have one name.
+    out = config.out / (dataset_name(config.data) + ("-masks" if is_phantom and masks else ""))
     log = out / "commands.log"
-    results = arguments.out / "results.json"
-    max_queries = arguments.max_queries or (15_000 if is_phantom else 100_000)
-    pretrain_steps = arguments.pretrain_steps or (600 if is_phantom else 1200)
-    epochs = arguments.epochs or (16 if masks else None)  # the U-Net's own default takes longer than all the rest
-    limit = arguments.limit or (300 if not is_phantom else 50 if masks else 150)
+    results = config.out / "results.json"
+    max_queries = config.max_queries or (15_000 if is_phantom else 100_000)
+    pretrain_steps = config.pretrain_steps or (600 if is_phantom else 1200)
+    # The U-Net's own default takes longer than all the rest.
+    epochs = config.epochs or (16 if is_phantom and masks else None)
+    limit = config.limit or (300 if not is_phantom else 50 if masks else 150)
     _claim(out, {"data": data, "epochs": epochs, "pretrain_steps": pretrain_steps})
     with ExitStack() as stack:
         victim = _victim(epochs, data, out, log)
         hospital = stack.enter_context(service("services.hospital", ["--model", str(victim)], out / "hospital.log"))
         pretrained = _pretrained(data, pretrain_steps, out, log)
         defenses = {"mse": pretrained / "denoiser"}
-        for name, preset in _METHODS[arguments.task].items():
+        for name, preset in _METHODS[config.task].items():
             defenses[name] = out / name
-            fixed = [*data, "--pretrained", str(pretrained), "--preset", preset]
-            _learn(hospital, fixed, max_queries, out / name, log)
+            learning = RunConfig(
+                **images.model_dump(),
+                preset=preset,
+                victim_url=(hospital,),
+                pretrained=pretrained,
+                max_queries=max_queries,
+                out=out / name,
+                resume=Journal.total(out / name) > 0,
+            )
+            _learn(learning, log)
         gateways: list[str] = []
         for name, artifact in defenses.items():
             flags = ["--artifact", str(artifact), "--victim-url", hospital]
@@ -111,7 +124,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             ],
             log,
         )
-    if arguments.task == "segmentation":
+    if masks:
         shown = ["--victim", str(victim), "--artifact", str(out / "local"), *data, "--out", str(out / GRID_NAME)]
         run_verb("training.grid", shown, log)
     try:
@@ -119,19 +132,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ProcessFailed:  # a victim too bad to be attacked has none; all that was measured stands
         logger.warning("there are no samples for the gateway's page")
     run_verb("training.report", [str(out), "--results", str(results)], log)
-    _print_next_steps(out, results, data, time.monotonic() - begun, arguments.task)
+    _print_next_steps(out, results, data, time.monotonic() - begun, config.task)
     return 0
-
-
-def _data_flags(arguments: argparse.Namespace) -> list[str]:
-    """The arguments that all verbs share, as typed; those that have their default are left out."""
-    defaults = build_parser()
-    flags = ["--data", arguments.data]
-    for name in ("task", "size", "channels", "split_seed", "seed"):
-        value = getattr(arguments, name)
-        if value != defaults.get_default(name):
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return [*flags, "--published-test"] if arguments.published_test else flags
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -141,12 +143,12 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         UserError: The parts that are there were made with other settings.
     """
     path = out / "demo.json"
-    now = json.dumps(settings)
     if not path.exists():
-        replace_file(path, f"{now}\n".encode())
-    elif (before := path.read_text().strip()) != now:
+        replace_file(path, f"{json.dumps(settings)}\n".encode())
+    before = json.loads(path.read_text())
+    if {**before, "data": sorted(before["data"])} != {**settings, "data": sorted(settings["data"])}:
         raise UserError(
-            f"{out} was made with other settings ({before}, now {now}): "
+            f"{out} was made with other settings ({json.dumps(before)}, now {json.dumps(settings)}): "
             "use the same, name another --out, or remove that folder"
         )
 
@@ -165,23 +167,22 @@ def _victim(epochs: int | None, data: list[str], out: Path, log: Path) -> Path:
 def _pretrained(data: list[str], steps: int, out: Path, log: Path) -> Path:
     """Pre-trains the sanitizers, unless they are there."""
     folder = out / "pretrained"
-    if all((folder / name / MANIFEST_FILE).exists() for name in pretrain.SANITIZERS):
+    if all((folder / name / MANIFEST_FILE).exists() for name in SANITIZERS):
         logger.info("the sanitizers in %s are used again", folder)
     else:
         run_verb("training.pretrain", [*data, "--pretrain-steps", str(steps), "--out", str(folder)], log)
     return folder
 
 
-def _learn(hospital: str, fixed: list[str], max_queries: int, out: Path, log: Path) -> None:
+def _learn(config: RunConfig, log: Path) -> None:
     """Learns a defense from the hospital's answers; goes on with what is there, if that spent less."""
-    budget = ["--max-queries", str(max_queries)]
-    if (out / MANIFEST_FILE).exists():
-        learned = load_artifact(out).manifest.provenance.settings["max_queries"]
-        if isinstance(learned, int) and learned >= max_queries:
-            logger.info("the defense in %s is used again", out)
+    if (config.out / MANIFEST_FILE).exists():
+        learned = load_artifact(config.out).manifest.provenance.settings["max_queries"]
+        if isinstance(learned, int) and learned >= config.max_queries:
+            logger.info("the defense in %s is used again", config.out)
             return
-    resume = ["--resume"] if Journal.total(out) else []
-    run_verb("training.zo_fit", ["--victim-url", hospital, *fixed, *budget, "--out", str(out), *resume], log)
+    assert config.preset is not None
+    run_verb("training.zo_fit", flags_of(config, {**PRESETS[config.preset], "data": None}), log)
 
 
 def _print_next_steps(out: Path, results: Path, data: list[str], seconds: float, task: Task) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from defense.artifact import load_artifact
 from defense.attacks import ATTACKS, attacks_on
 from services.hospital.model import load_victim
+from services.protocol.client import Endpoint
 from training.attack.oblivious import Defense, Experiment
 from training.command.cli import add_device_argument, positive_float, run
 from training.command.errors import UserError
@@ -47,7 +48,6 @@ from training.fit.noise import with_noise
 from training.measure.endpoints import (
     Connect,
     Defended,
-    Endpoint,
     add_measuring_arguments,
     connect,
     defense_name,

@@ -15,93 +15,25 @@ with.
 over images, `median_dice`, and in `small_lesions` these and `count` for lesions under 5% of their image.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from defense.files import replace_file
 from services.device import resolve_device
 from services.hospital.model import VictimConfig, build_victim
 from services.hospital.networks import Depth
-from services.protocol.images import encode_png
-from training.command import cli
-from training.command.errors import UserError
+from training.command.config import DeviceConfig
 from training.command.provenance import settings_of, versions
-from training.data.datasets import load_data, settle
-from training.victim.files import EXAMPLE_NAME, REPORT_NAME, save_victim
+from training.command.verb import run
+from training.data.config import DataConfig
+from training.data.datasets import load_data, settled
+from training.victim.files import EXAMPLE_NAME, REPORT_NAME, save_example, save_report, save_victim
 from training.victim.fitting import fit
 from training.victim.tasks import TASKS, Classification
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.victim_fit", description="Train the black box.")
-    cli.add_data_arguments(parser)
-    cli.add_device_argument(parser)
-    parser.add_argument("--out", type=Path, default=Path("artifacts/victim"), help="folder to write to")
-    parser.add_argument(
-        "--width",
-        type=cli.positive_float,
-        help=f"share of the network's channels, at most 1 (default {_by_task('width')})",
-    )
-    parser.add_argument(
-        "--depth", choices=get_args(Depth), help=f"which VGG, to classify (default {Classification.depth})"
-    )
-    parser.add_argument(
-        "--epochs", type=cli.positive_int, help=f"passes over the images (default {_by_task('epochs')})"
-    )
-    return cli.run(_run, parser, argv)
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    started = time.monotonic()
-    device = resolve_device(arguments.device)
-    torch.manual_seed(arguments.seed)
-    settle(arguments)
-    kind = TASKS[arguments.task]
-    for name in ("width", "depth", "epochs"):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, getattr(kind, name))
-    settings = {
-        "task": arguments.task,
-        "channels": arguments.channels,
-        "size": (arguments.size, arguments.size),
-        "width": arguments.width,
-        "depth": arguments.depth,
-    }
-    _configure(("first", "second"), settings)  # refuses bad settings before the images are read
-    splits = load_data(arguments)
-    config = _configure(splits.labels, settings)
-    model = build_victim(config).to(device).to(memory_format=torch.channels_last)
-    task = kind(splits.labels)
-    best_epoch = fit(model, task, splits, epochs=arguments.epochs, seed=arguments.seed, device=device)
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    scores = {title: task.score(model, parts[title], device) for title in ("validation", "test")}
-    report = {
-        "data": splits.name,
-        "fingerprint": splits.fingerprint,
-        "config": config.model_dump(mode="json"),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "settings": settings_of(arguments),
-        "best_epoch": best_epoch,
-        "images": {title: len(part) for title, part in parts.items()},
-        **{title: score.report() for title, score in scores.items()},
-        "versions": versions(*task.libraries),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    path = save_victim(arguments.out, model, config)
-    replace_file(arguments.out / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
-    replace_file(arguments.out / EXAMPLE_NAME, encode_png(splits.test.images[0].numpy()))
-    print(scores["test"].table())
-    print(f"Written: {path}, {REPORT_NAME} and {EXAMPLE_NAME}, after {report['seconds']} s")
-    return 0
 
 
 def _by_task(name: str) -> str:
@@ -109,13 +41,74 @@ def _by_task(name: str) -> str:
     return ", ".join(f"{getattr(task, name)} for {title}" for title, task in TASKS.items())
 
 
-def _configure(labels: tuple[str, ...], settings: dict[str, Any]) -> VictimConfig:
-    try:
-        return VictimConfig(labels=labels, **settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = f"--{problem['loc'][0]}: " if problem["loc"] else ""
-        raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from error
+class VictimFitConfig(DataConfig, DeviceConfig):
+    """Trains the black box."""
+
+    out: Path = Field(Path("artifacts/victim"), description="folder to write to")
+    width: PositiveFloat | None = Field(
+        None, description=f"share of the network's channels, at most 1 (default {_by_task('width')})"
+    )
+    depth: Depth | None = Field(None, description=f"which VGG, to classify (default {Classification.depth})")
+    epochs: PositiveInt | None = Field(None, description=f"passes over the images (default {_by_task('epochs')})")
+
+    def settled(self) -> "VictimFitConfig":
+        """The same with what depends on data and task filled in."""
+        config = settled(self)
+        kind = TASKS[config.task or "classification"]
+        told = {name: getattr(config, name) or getattr(kind, name) for name in ("width", "depth", "epochs")}
+        return config.model_copy(update=told)
+
+    def victim(self, labels: Sequence[str]) -> VictimConfig:
+        """The victim that is trained, once settled.
+
+        Raises:
+            ValidationError: There is no such victim.
+        """
+        size = (self.size, self.size)
+        told = {name: getattr(self, name) for name in ("task", "channels", "width", "depth")}
+        return VictimConfig(labels=tuple(labels), size=size, **told)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns the exit code."""
+    return run(_fit, VictimFitConfig, argv, prog="python -m training.victim_fit")
+
+
+def _fit(config: VictimFitConfig) -> int:
+    started = time.monotonic()
+    device = resolve_device(config.device)
+    torch.manual_seed(config.seed)
+    config = config.settled()
+    config.victim(("first", "second"))  # refuses bad settings before the images are read
+    splits = load_data(config)
+    task = TASKS[splits.task](splits.labels)
+    victim = config.victim(splits.labels)
+    model = build_victim(victim).to(device).to(memory_format=torch.channels_last)
+    assert config.epochs is not None  # it is settled
+    best_epoch = fit(model, task, splits, epochs=config.epochs, seed=config.seed, device=device)
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    scores = {title: task.score(model, parts[title], device) for title in ("validation", "test")}
+    seconds = round(time.monotonic() - started, 1)
+    path = save_victim(config.out, model, victim)
+    save_report(
+        config.out,
+        {
+            "data": splits.name,
+            "fingerprint": splits.fingerprint,
+            "config": victim.model_dump(mode="json"),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "settings": settings_of(config),
+            "best_epoch": best_epoch,
+            "images": {title: len(part) for title, part in parts.items()},
+            **{title: score.report() for title, score in scores.items()},
+            "versions": versions(*task.libraries),
+            "seconds": seconds,
+        },
+    )
+    save_example(config.out, splits.test.images[0])
+    print(scores["test"].table())
+    print(f"Written: {path}, {REPORT_NAME} and {EXAMPLE_NAME}, after {seconds} s")
+    return 0
 
 
 if __name__ == "__main__":

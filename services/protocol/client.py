@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import httpx
 import torch
@@ -12,16 +12,29 @@ import torch
 from services.protocol.async_client import AsyncVictimClient, WireName
 from services.protocol.mapping import Mapping
 
-__all__ = ["AsyncVictimClient", "HTTPVictim", "WireName"]
+__all__ = ["AsyncVictimClient", "Endpoint", "HTTPVictim", "WireName"]
 
 _T = TypeVar("_T")
+
+
+class Endpoint(Protocol):
+    """A victim, or a gateway in front of one: `HTTPVictim`, or the like of it in process."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(N,C,H,W) float32 in [0,1] -> (N,K) or (N,K,H,W) float32 scores."""
+
+    def describe(self, image: torch.Tensor) -> dict[str, object]:
+        """One image (C,H,W) -> the JSON answer."""
+
+    def ready(self) -> bool:
+        """Whether something answers there and can serve."""
 
 
 class HTTPVictim:
     """`AsyncVictimClient` for code without an event loop: its own loop runs in a daemon thread until `close`.
 
-    May be called from several threads. The arguments are those of `AsyncVictimClient`; `on_resend` is called in the
-    loop's thread, while the call that it belongs to waits.
+    May be called from several threads. The arguments are those of `AsyncVictimClient`; `on_resend`, which may be set
+    later, is called in the loop's thread, while the call that it belongs to waits.
     """
 
     def __init__(
@@ -38,13 +51,14 @@ class HTTPVictim:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Starts the thread; opens no connection yet."""
+        self.on_resend = on_resend
         self._client = AsyncVictimClient(
             urls,
             batch=batch,
             in_flight=in_flight,
             timeout_s=timeout_s,
             patience_s=patience_s,
-            on_resend=on_resend,
+            on_resend=self._resend,
             wire=wire,
             mapping=mapping,
             transport=transport,
@@ -94,6 +108,10 @@ class HTTPVictim:
     ) -> None:
         """Closes all connections and ends the thread."""
         self.close()
+
+    def _resend(self, images: int) -> None:
+        if self.on_resend is not None:
+            self.on_resend(images)
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         if self._loop.is_closed():

@@ -9,9 +9,9 @@ from defense.attacks import craft, holds
 from defense.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from defense.query_attacks import Inquiry, SpentError, hop_skip_jump, square
 from defense.surrogates import Surrogate, SurrogateSettings
+from services.protocol.client import Endpoint
 from services.protocol.errors import Overloaded
 from training.command.errors import UserError
-from training.measure.endpoints import Endpoint
 from training.measure.scoring import main_score
 
 logger = logging.getLogger(__name__)

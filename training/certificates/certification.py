@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.segmentation_smoothing import TAU, certify_mask, mask_radius
-from defense.smoothing import BaseClassifier, Certificate, certify, largest_radius, linf_equivalent
+from defense.segmentation_smoothing import TAU, certify_mask
+from defense.smoothing import BaseClassifier, Certificate, certify, linf_equivalent
+from training.certificates.config import furthest
 from training.certificates.files import ClassLine, MaskLine, Settings, open_output
 from training.command.cli import positive_float, positive_int
 from training.command.errors import UserError
@@ -75,11 +76,6 @@ def settle_certificate(arguments: argparse.Namespace, chosen: ImageSet) -> None:
     if beyond := [radius for radius in arguments.radii if radius > reach]:
         how = "--n" if arguments.tau is None else "--tau"
         logger.warning("never certified, however robust: radius %s; raise %s", ", ".join(f"{r:g}" for r in beyond), how)
-
-
-def furthest(n: int, alpha: float, sigma: float, tau: float | None) -> float:
-    """The largest L2 radius that can be certified; of masks, with `tau`, the only one."""
-    return largest_radius(n, alpha, sigma) if tau is None else mask_radius(tau, sigma)
 
 
 def radii_of(arguments: argparse.Namespace, tau: float | None, reach: float) -> list[float]:

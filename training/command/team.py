@@ -8,7 +8,7 @@ result is that of one process up to rounding, whatever the estimator, and every 
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from services.device import resolve_device
+from services.protocol.client import Endpoint, HTTPVictim
 from services.protocol.errors import ServiceError, Unavailable
 from training.command.errors import UserError
-from training.measure.endpoints import Endpoint
 
 _PATIENCE: Final = timedelta(hours=2)
 """How long processes wait for one another: pre-training is done by the first alone."""
@@ -163,24 +163,27 @@ def _told() -> Iterator[None]:
 
 
 @contextmanager
-def shared(
-    connect: Callable[..., AbstractContextManager[Endpoint]], team: Team, on_resend: Callable[[int], None]
-) -> Iterator[Endpoint]:
-    """This process's client of the victim, or in a team the `SharedEndpoint` around it.
+def shared(victim: Endpoint, team: Team, on_resend: Callable[[int], None]) -> Iterator[Endpoint]:
+    """The victim, or in a team the `SharedEndpoint` around it.
 
     Args:
-        connect: Makes the client; takes `on_resend`.
+        victim: This process's own.
         team: The processes.
-        on_resend: Called with the images that are about to be sent again; in a team after they were answered, in every
-            process with those of all.
+        on_resend: Called with the images that are about to be sent again over HTTP, as long as the context lasts; in a
+            team after they were answered, in every process with those of all.
     """
-    if team.size == 1:
-        with connect(on_resend=on_resend) as client:
-            yield client
+    asked, told = victim, on_resend
+    if team.size > 1:
+        asked = SharedEndpoint(team, on_resend)
+        asked.inner, told = victim, asked.resend
+    if not isinstance(victim, HTTPVictim):
+        yield asked
         return
-    together = SharedEndpoint(team, on_resend)
-    with connect(on_resend=together.resend) as together.inner:
-        yield together
+    before, victim.on_resend = victim.on_resend, told
+    try:
+        yield asked
+    finally:
+        victim.on_resend = before
 
 
 class SharedEndpoint:

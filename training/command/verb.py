@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
@@ -11,6 +11,9 @@ from defense.errors import DefenseError
 from services.protocol.errors import ServiceError
 from services.settings import Config, explained, read
 from training.command.errors import UserError
+
+KNOWN_ERRORS: Final = (UserError, DefenseError, ServiceError, OSError)
+"""What is told in one line; everything else is a fault of the program."""
 
 C = TypeVar("C", bound=Config)
 
@@ -37,7 +40,7 @@ def run(body: Callable[[C], int], kind: type[C], argv: Sequence[str] | None, *, 
         return body(config)
     except ValidationError as error:  # of a configuration that the verb made
         lines = explained(error)
-    except (UserError, DefenseError, ServiceError, OSError) as error:
+    except KNOWN_ERRORS as error:
         lines = [str(error)]
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -1,11 +1,9 @@
 """What `training.compare` can compare; the learned ones are the presets of `training.fit.presets`."""
 
-import argparse
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from defense.preprocessors import PREPROCESSORS
 from training.fit.presets import PRESETS
@@ -22,17 +20,17 @@ class Method:
         kind: bare: the victim alone; preprocessor: one of `defense.preprocessors`; pretrained: an artifact of
             `training.pretrain`; autoencoder: the autoencoder alone of one; learned: what `training.zo_fit` makes.
         part: Name of the preprocessor or of the pre-trained artifact.
-        flags: Of `zo_fit`.
+        settings: Fields of `FitConfig`, for what is learned.
     """
 
     kind: Kind
     part: str = ""
-    flags: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def white_box(self) -> bool:
         """Whether it sees the victim's exact gradients: an upper bound, not a defense of a black box."""
-        return any(flag.endswith("exact") for flag in self.flags)
+        return self.settings.get("estimator") == "exact"
 
 
 METHODS: Final[Mapping[str, Method]] = MappingProxyType(
@@ -43,15 +41,14 @@ METHODS: Final[Mapping[str, Method]] = MappingProxyType(
         "ae": Method("autoencoder", "denoiser+autoencoder"),
         "mse": Method("pretrained", "denoiser"),
         "mse-ae": Method("pretrained", "denoiser+autoencoder"),
-        **{name: Method("learned", flags=tuple(shlex.split(flags))) for name, flags in PRESETS.items()},
+        **{name: Method("learned", settings=settings) for name, settings in PRESETS.items()},
     }
 )
 """All methods, in the order of the tables. `none` is not smoothed: it has a clean accuracy and no certificate."""
 
 
-def method_list(text: str) -> list[str]:
-    """Parses comma-separated names of methods (an argparse type)."""
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in METHODS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    return names
+def known_method(name: str) -> str:
+    """The name of a method; raises ValueError for any other."""
+    if name not in METHODS:
+        raise ValueError(f"unknown: {name}; there are {', '.join(METHODS)}")
+    return name

@@ -1,18 +1,17 @@
 """What a comparison says: rows, a table, and the pictures of `training.comparison.plots`, from all that is finished."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from defense.files import replace_file
 from defense.smoothing import linf_equivalent
-from training.certificates.certification import furthest, radii_of
+from training.certificates.config import furthest
 from training.command.errors import UserError
 from training.comparison import plots
 from training.comparison.claims import locked
+from training.comparison.config import CompareConfig
 from training.comparison.runs import Group, read_groups
 from training.measure.intervals import nested_interval
 from training.measure.results import Row, replace_rows, score_row
@@ -22,12 +21,16 @@ CLAIM = "compare.json"
 """The file that holds what all runs in one folder share."""
 
 
-def summarize(arguments: argparse.Namespace) -> int:
-    """Makes rows, table and pictures of all that is finished in a folder; returns the exit code."""
-    out: Path = arguments.out
+def summarize(config: CompareConfig) -> None:
+    """Makes rows, table and pictures of all that is finished in a folder.
+
+    Raises:
+        UserError: The folder holds no comparison.
+    """
+    out = config.out
     if not (out / CLAIM).exists():
         raise UserError(f"{out} holds no comparison: leave out --summary, or name another --out")
-    reference = arguments.reference
+    reference = config.reference
     with locked(out / "locks" / "summary.lock", wait=True):  # so that the last one to write knows of everything
         notes = json.loads((out / CLAIM).read_bytes())
         groups, unfinished = read_groups(out, notes["images"])
@@ -36,7 +39,7 @@ def summarize(arguments: argparse.Namespace) -> int:
         fixed = {"dataset": notes["dataset"], "split": notes["split"], "seed": notes["seed"], "metric": metric}
         fixed["task"] = "classification" if tau is None else "segmentation"
         reach = furthest(notes["n"], notes["alpha"], notes["sigma"], tau)
-        radii = radii_of(arguments, tau, reach)
+        radii = config.radii_at(reach, tau)
         title = f"{notes['dataset']}, {notes['split']}: {notes['images']} images, sigma = {notes['sigma']:g}"
         victims = " and ".join(sorted({record.victim for group in groups for record in group.records}))
         converted = ", ".join(f"{r:.3g} = {255 * linf_equivalent(r, tuple(notes['shape'])):.2f}/255" for r in radii)
@@ -60,7 +63,6 @@ def summarize(arguments: argparse.Namespace) -> int:
         plots.plot_certified(groups, radii, reach, title, TITLES[metric], out / "certified.png")
         plots.plot_queries(groups, radii, out, title, TITLES[metric], out / "queries.png")
     print(f"{text}\n\nBelow {out}: results.json, table.md, certified.png, queries.png")
-    return 0
 
 
 def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fixed: dict[str, Any]) -> list[Row]:

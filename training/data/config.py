@@ -32,11 +32,11 @@ class DataConfig(SeedConfig):
     task: Task | None = Field(None, description="default: a folder tells it by its layout; of phantoms, classification")
     size: PositiveInt = Field(64, description="images are resized to SIZE x SIZE")
     channels: Channels | None = Field(None, description="1: grey (default to classify); 3: colour (default to segment)")
+    split_seed: int = Field(
+        0, description="which images go to which split, and which phantoms are drawn; keep it for all commands"
+    )
     published_test: bool = Field(
         False,
         description="keep the Testing folder as the test split, and drop its near-duplicates from training "
         "(default: all images are split anew, by groups of near-duplicates)",
-    )
-    split_seed: int = Field(
-        0, description="which images go to which split, and which phantoms are drawn; keep it for all commands"
     )

@@ -11,7 +11,6 @@ from defense.errors import InvalidAnswer
 from defense.victims import QueryLedger
 from services.protocol.errors import ServiceError
 from training.fit.trainer import Trainer
-from training.fit.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +55,10 @@ def train(trainer: Trainer, ledger: QueryLedger) -> str:
             raise
 
 
-def log_end(trainer: Trainer, reason: str, best: Validation) -> None:
+def log_end(trainer: Trainer, reason: str) -> None:
     """Logs how it ended."""
-    first = trainer.history[0]
+    first, best = trainer.history[0], trainer.best
+    assert best is not None  # trained
     logger.info(
         "ended: %s. Validation at sigma, single noisy copy: agreement %.1f%% before, %.1f%% best (step %d)",
         reason,

@@ -17,9 +17,9 @@ from defense.sanitizer import Sanitizer
 from defense.victims import MeteredVictim
 from training.command.team import ALONE, Team
 from training.fit.checkpoint import Checkpoint, optimizer_tensors, prefixed, restore_optimizer, state_copy, under
+from training.fit.config import FitConfig
 from training.fit.loss import loss_behind_border
 from training.fit.noise import with_noise
-from training.fit.settings import FitSettings
 from training.fit.student import Student
 from training.fit.validation import CleanTargets, Validation, Validator
 
@@ -38,7 +38,7 @@ class Trainer:
         estimator: How the gradient at the border of the black box is estimated.
         images: (N, C, H, W) training images, without labels.
         validation_images: (M, C, H, W).
-        settings: See there.
+        config: Of the run.
         folder: Where checkpoints go.
         run_state: JSON values that belong to the run and that a checkpoint carries along.
         student: Learns from all answers, for the estimators that use a surrogate; None: there is no surrogate.
@@ -50,7 +50,7 @@ class Trainer:
     estimator: Estimator
     images: Tensor
     validation_images: Tensor
-    settings: FitSettings
+    config: FitConfig
     folder: Path
     run_state: dict[str, Any]
     student: Student | None = None
@@ -64,20 +64,18 @@ class Trainer:
         self.sanitizer.freeze_decoder()
         self._device = next(self.sanitizer.parameters()).device
         self._parameters = [p for p in self.sanitizer.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adam(self._parameters, self.settings.learning_rate)
-        self._generator = torch.Generator().manual_seed(self.settings.seed)
-        decay = self.settings.averaging
+        self._optimizer = torch.optim.Adam(self._parameters, self.config.learning_rate)
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+        decay = self.config.averaging
         self._averaged: AveragedModel | None = None
         if decay:
             self._averaged = AveragedModel(self.sanitizer, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
             self._averaged.n_averaged.fill_(1)  # the average begins at the pre-trained state, not after the first step
         self._best_state = state_copy(self.sanitizer)
-        self._may_drop_reconstruction = (
-            self.settings.reconstruction == "chosen" and self.sanitizer.autoencoder is not None
-        )
+        self._may_drop_reconstruction = self.config.sanitizer == "auto" and self.sanitizer.autoencoder is not None
         self._targets = CleanTargets(self.victim, self.images, "targets", self._device, self._observe)
         self._validator = Validator(
-            self.victim, self.validation_images, self.settings.sigma, self.settings.seed, self._device
+            self.victim, self.validation_images, self.config.sigma, self.config.seed, self._device
         )
 
     def fit(self, on_step: Callable[[float], None]) -> str:
@@ -100,14 +98,14 @@ class Trainer:
                 self._require_budget(beforehand=self._validator.cost + self._validation_cost)
                 self._validate()  # the pre-trained state is the first candidate
                 self.save_checkpoint()
-            if self.settings.steps is None or self.step < self.settings.steps:
+            if self.config.steps is None or self.step < self.config.steps:
                 self._warm_up()
-            while self.settings.steps is None or self.step < self.settings.steps:
+            while self.config.steps is None or self.step < self.config.steps:
                 self._require_budget()
                 on_step(self.train_step())
-                if self.step % self.settings.validate_every == 0:
+                if self.step % self.config.validate_every == 0:
                     self._validate()
-                if self.step % self.settings.checkpoint_every == 0:
+                if self.step % self.config.checkpoint_every == 0:
                     self.save_checkpoint()
             reason = f"all {self.step} steps are done"
         except BudgetExhausted as error:
@@ -186,7 +184,7 @@ class Trainer:
             beforehand: Images that will be asked about before the step.
         """
         ledger = self.victim.ledger
-        a_step = self.settings.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
+        a_step = self.config.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
         needed = (beforehand + a_step + self._validation_cost) * self.victim.queries_per_image
         if ledger.remaining is not None and ledger.remaining < needed:
             raise BudgetExhausted(
@@ -227,9 +225,9 @@ class Trainer:
 
     def train_step(self) -> float:
         """One optimiser step; returns the mean stability loss of its batch before it."""
-        index = torch.randint(len(self.images), (self.settings.batch,), generator=self._generator)
+        index = torch.randint(len(self.images), (self.config.batch,), generator=self._generator)
         self._targets.of(index)
-        index = torch.cat([index, self._targets.sample_known(self.settings.extra, self._generator)])
+        index = torch.cat([index, self._targets.sample_known(self.config.extra, self._generator)])
         clean = self.images[index].to(self._device)
         targets = self._targets.of(index)
         self.sanitizer.train()
@@ -240,21 +238,21 @@ class Trainer:
         loss = loss_behind_border(targets, self.sanitizer, self.victim, surrogate)
         estimate = self.estimator(points, loss, self._generator)
         objective = inject_gradient(own_points, estimate.gradient[own])
-        if self.settings.mse_weight:
+        if self.config.mse_weight:
             error = denoising_loss(self.sanitizer.decode(own_points), clean[own]).mean()
-            objective = objective + self.settings.mse_weight * error
+            objective = objective + self.config.mse_weight * error
         self._optimizer.zero_grad()
         (objective * (len(own_points) / len(clean))).backward()
         self.team.sum_gradients(self._parameters)
         self.team.same_statistics(self.sanitizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
         if not torch.isfinite(norm):
             raise DefenseError(
                 f"the gradient of step {self.step + 1} is not finite, and was not applied: "
                 "lower --learning-rate or --mse-weight, or raise --mu"
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(self.step, self.victim.ledger)
+            group["lr"] = self.config.learning_rate_at(self.step, self.victim.ledger)
         self._optimizer.step()
         if self._averaged is not None:
             self._averaged.update_parameters(self.sanitizer)
@@ -264,7 +262,7 @@ class Trainer:
         return estimate.loss.nanmean().item()
 
     def _noisy(self, clean: Tensor) -> Tensor:
-        return with_noise(clean, self.settings.sigma, self._generator, self.settings.less_noise)
+        return with_noise(clean, self.config.sigma, self._generator, self.config.less_noise)
 
     def _validate(self) -> None:
         served = self.sanitizer if self._averaged is None else cast(Sanitizer, self._averaged.module)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from services.protocol.client import HTTPVictim
+from services.protocol.client import Endpoint, HTTPVictim
 from training.command.cli import add_data_arguments, positive_int
 from training.command.errors import UserError
 
@@ -21,19 +20,6 @@ PATIENCE_S = 60.0
 
 CHUNK = 128
 """Images that a model in this process takes at once: the activations of more leave the cache."""
-
-
-class Endpoint(Protocol):
-    """The part of `HTTPVictim` that a measurement uses."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities."""
-
-    def describe(self, image: Tensor) -> dict[str, object]:
-        """One image (C,H,W) -> the JSON answer."""
-
-    def ready(self) -> bool:
-        """Whether something answers there and can serve."""
 
 
 class Defended:

@@ -14,8 +14,8 @@ mpl.use("Agg")  # files only; there may be no screen
 
 from matplotlib import pyplot as plt
 
-from training.attack.campaign import OUTSIDER, WORST_CASE
 from training.attack.checks import SURE
+from training.attack.ensemble import OUTSIDER, WORST_CASE
 from training.comparison.plots import COLOURS, MARKERS
 from training.measure.results import Row
 from training.reporting.tables import MISSING, defenses

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum
 
 from defense.artifact import Manifest
-from training.attack.campaign import CORRUPTION, OUTSIDER, WORST_CASE
+from training.attack.ensemble import CORRUPTION, OUTSIDER, WORST_CASE
 from training.measure.results import NO_DEFENSE, Row
 from training.measure.scoring import TITLES
 

@@ -1,13 +1,15 @@
 """The victim's folder: weights, report, and an image to try a service with."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from defense.files import replace_file
 from services.hospital.model import FILE_NAME, VictimConfig, victim_bytes
+from services.protocol.images import encode_png
 from training.command.errors import UserError
 
 REPORT_NAME: Final = "report.json"
@@ -15,26 +17,27 @@ EXAMPLE_NAME: Final = "example.png"
 
 
 def save_victim(folder: Path, model: nn.Module, config: VictimConfig) -> Path:
-    """Writes the victim's file whole, making the folder where needed.
-
-    Args:
-        folder: The victim's folder.
-        model: What `build_victim(config)` built, trained.
-        config: Its configuration.
-
-    Returns:
-        The path of the file.
-    """
+    """Writes the weights of what `build_victim(config)` built, making the folder where needed; returns the file."""
     path = folder / FILE_NAME
     replace_file(path, victim_bytes(model, config))
     return path
+
+
+def save_report(folder: Path, report: Mapping[str, object]) -> None:
+    """Writes what is known of the victim, JSON values."""
+    replace_file(folder / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def save_example(folder: Path, image: Tensor) -> None:
+    """Writes an image (C,H,W) in [0,1]."""
+    replace_file(folder / EXAMPLE_NAME, encode_png(image.numpy()))
 
 
 def data_fingerprint(folder: Path) -> str | None:
     """The fingerprint of the splits on which the victim in `folder` was trained; None where it has no report.
 
     Raises:
-        UserError: There is a report, and it is none of this command's.
+        UserError: There is a report, and not by this project.
     """
     path = folder / REPORT_NAME
     try:

@@ -6,8 +6,8 @@ weights uses it: comparisons on one machine, and the white-box upper bounds.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from defense.files import replace_file
 from services.hospital.model import load_victim
+from services.protocol.client import Endpoint
 from training.command.errors import UserError
 from training.data.datasets import Splits
-from training.measure.endpoints import CHUNK, Endpoint
+from training.measure.endpoints import CHUNK
 from training.victim.files import data_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _SAME_SCORES = 0.02  # probabilities of one and the same model differ by less, i
 
 
 class InProcessVictim:
-    """What the hospital serves, as a callable; an `Endpoint` of `training.measure.endpoints`.
+    """What the hospital serves, as a callable; an `Endpoint` of `services.protocol.client`.
 
     Differentiable wherever gradients are enabled and the images ask for one; the weights never get one.
 
@@ -110,8 +111,3 @@ def refuse_another_victim(path: Path, endpoint: Endpoint, images: Tensor) -> Non
     now = scores[: len(before)]
     if before.shape != now.shape or (before - now).abs().max() > _SAME_SCORES:
         raise UserError(f"the runs in {path.parent} are of another victim: use that one, or another --out")
-
-
-def connecting(endpoint: Endpoint) -> Callable[..., AbstractContextManager[Endpoint]]:
-    """A victim that is there already, for `zo_fit`, which would make a client of its URLs."""
-    return lambda *_, **__: nullcontext(endpoint)

@@ -23,6 +23,9 @@ def fit(endpoint, pretrained, tmp_path, monkeypatch):
         quick = ["--validate-every", "2", "--checkpoint-every", "1", "--device", "cpu"]
         if "--estimator" not in arguments and "--directions" not in arguments:  # others take none
             quick += ["--directions", "3"]
-        return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
+        try:
+            return zo_fit.main([*common, *quick, "--out", str(tmp_path / out), *arguments], connect=endpoint.connect)
+        except SystemExit as refused:
+            return refused.code
 
     return run

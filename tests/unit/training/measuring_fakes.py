@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from services.protocol.client import Endpoint
 from training.data.datasets import ImageSet, Splits
-from training.measure.endpoints import Connect, Endpoint
+from training.measure.endpoints import Connect
 
 LABELS = ("dark", "bright")
 SHAPE = (1, 4, 4)

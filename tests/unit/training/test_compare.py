@@ -1,4 +1,5 @@
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +10,24 @@ from torch import Tensor
 from zo_fakes import LABELS, SIZE, pretrain_into
 
 from services.protocol.errors import UpstreamUnreachable
-from training import compare, zo_fit
-from training.comparison import fitting as learning
-from training.comparison import methods, plots, runs
+from training import compare
+from training.comparison import bench, config, methods, plots, runs
 from training.comparison.claims import locked
 from training.comparison.methods import Method
 from training.data.datasets import ImageSet, Splits
 from training.measure.results import read_rows
 
 URL = ["--victim-url", "http://victim"]
-QUICK = ("--batch", "8", "--validation-images", "4", "--validate-every", "50")
+QUICK = {"batch": 8, "validation_images": 4, "validate_every": 50}
 TABLE = {
     "none": Method("bare"),
     "noise": Method("bare"),
     "blur": Method("preprocessor", "blur"),
     "ae": Method("autoencoder", "denoiser+autoencoder"),
     "mse": Method("pretrained", "denoiser"),
-    "zo-ds": Method("learned", flags=("--sanitizer", "denoiser", "--directions", "4", *QUICK)),
-    "zo-ae-ds": Method("learned", flags=("--sanitizer", "denoiser+autoencoder", "--directions", "4", *QUICK)),
-    "fo-ds": Method("learned", flags=("--sanitizer", "denoiser", *QUICK, "--estimator", "exact")),
+    "zo-ds": Method("learned", settings={"sanitizer": "denoiser", "directions": 4, **QUICK}),
+    "zo-ae-ds": Method("learned", settings={"sanitizer": "denoiser+autoencoder", "directions": 4, **QUICK}),
+    "fo-ds": Method("learned", settings={"sanitizer": "denoiser", "estimator": "exact", **QUICK}),
 }
 
 
@@ -94,20 +94,22 @@ def pictures() -> None:
 
 @pytest.fixture
 def run(victim, pretrained, tmp_path, monkeypatch, request):
-    for module in (compare, zo_fit):
-        monkeypatch.setattr(module, "load_data", lambda *_, **__: SPLITS)
-    for module in (compare, learning, methods, plots, runs):
+    monkeypatch.setattr(bench, "load_data", lambda *_, **__: SPLITS)
+    for module in (bench, config, methods, plots, runs):
         monkeypatch.setattr(module, "METHODS", TABLE)
     monkeypatch.setattr(plots, "_DPI", 40)
     if "pictures" not in request.fixturenames:  # they take most of the time
         for name in ("plot_certified", "plot_queries"):
             monkeypatch.setattr(plots, name, lambda *_: None)
-    monkeypatch.setattr(compare, "in_process", lambda *_: victim.connect([]))
+    monkeypatch.setattr(bench, "in_process", lambda *_: victim.connect([]))
 
     def compared(names: str, *more: str, where: list[str] = URL, out: str = "out") -> int:
         small = ["--n0", "10", "--n", "40", "--limit", "6", "--radii", "0,0.1", "--alpha", "0.01", "--device", "cpu"]
         fixed = ["--pretrained", str(pretrained), "--budgets", "600", "--methods", names, "--out", str(tmp_path / out)]
-        return compare.main([*where, *small, *fixed, *more], connect=victim.connect)
+        try:
+            return compare.main([*where, *small, *fixed, *more], connect=victim.connect)
+        except SystemExit as refused:
+            return refused.code
 
     return compared
 
@@ -303,18 +305,18 @@ def test_a_gateway_is_no_victim(run, victim, capsys):
 
 def test_a_run_that_was_learned_otherwise_is_refused(run, monkeypatch, capsys):
     assert run("zo-ds") == 0
-    other = replace(TABLE["zo-ds"], flags=(*TABLE["zo-ds"].flags, "--learning-rate", "0.01"))
-    for module in (compare, learning, methods, plots, runs):
+    other = replace(TABLE["zo-ds"], settings={**TABLE["zo-ds"].settings, "learning_rate": 0.01})
+    for module in (bench, config, methods, plots, runs):
         monkeypatch.setattr(module, "METHODS", {**TABLE, "zo-ds": other})
     assert run("zo-ds") == 2
     assert "learning_rate was 3e-05, is 0.01" in capsys.readouterr().err
 
 
-def test_flags_that_zo_fit_does_not_know_are_told_before_anything_runs(run, victim, monkeypatch, capsys):
-    for module in (compare, learning, methods, plots, runs):
-        monkeypatch.setattr(module, "METHODS", {**TABLE, "new": Method("learned", flags=("--no-such-flag",))})
+def test_settings_that_mean_nothing_are_told_before_anything_runs(run, victim, monkeypatch, capsys):
+    for module in (bench, config, methods, plots, runs):
+        monkeypatch.setattr(module, "METHODS", {**TABLE, "new": Method("learned", settings={"rank": 3})})
     assert run("noise,new") == 2
-    assert "training.zo_fit does not know the flags of new" in capsys.readouterr().err
+    assert "--rank means nothing without --subspace dct" in capsys.readouterr().err
     assert victim.received == 0
 
 
@@ -328,18 +330,19 @@ def test_flags_that_zo_fit_does_not_know_are_told_before_anything_runs(run, vict
     ],
 )
 def test_what_is_missing_is_told(run, tmp_path, capsys, arguments, message):
-    assert compare.main([*arguments, "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as refused:
+        sys.exit(compare.main([*arguments, "--out", str(tmp_path)]))
+    assert refused.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_comparison_and_training_ask_the_victim_in_the_same_way(run, victim, tmp_path):
+def test_comparison_and_training_ask_one_client_of_the_victim(run, victim, tmp_path):
     mapping = tmp_path / "victim.toml"
     mapping.write_text('labels = ["left", "right"]')
     assert run("zo-ds", "--victim-mapping", str(mapping), "--wire", "image") == 0
-    assert len(victim.options) == 2
-    for options in victim.options:
-        assert options["wire"] == "image"
-        assert options["mapping"].labels == ("left", "right")
+    (options,) = victim.options
+    assert options["wire"] == "image"
+    assert options["mapping"].labels == ("left", "right")
 
 
 def test_an_unknown_method_is_refused_with_the_names_of_all(capsys):

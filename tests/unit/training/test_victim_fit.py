@@ -108,7 +108,7 @@ def test_same_seed_gives_the_same_victim(tmp_path: Path, splits: Splits) -> None
     ("options", "words"),
     [
         (["--size", "16"], "size must be at least 32"),
-        (["--width", "3"], "--width: Input should be less than or equal to 1"),
+        (["--width", "3"], "--width: must be less than or equal to 1"),
         (["--device", "warp:9"], "warp:9"),
         (["--task", "segmentation", "--size", "40"], "size must be multiples of 16, at least 32 x 32, got 40 x 40"),
         (["--task", "segmentation", "--depth", "vgg11"], "a segmenter takes none"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.protocol.client import HTTPVictim
 from services.protocol.errors import Overloaded, ServiceError, Unavailable
 from training.command.team import ALONE, SharedEndpoint, Team, TeamBroken, joined, shared
 
@@ -84,18 +85,23 @@ def test_one_process_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ALONE.gather(rows) is rows
     assert ALONE.told(lambda: 5) == 5
 
-    class Connected:
-        def __init__(self, on_resend: Callable[[int], None]) -> None:
-            self.on_resend = on_resend
-
-        def __enter__(self) -> Inner:
-            return inner
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    with shared(Connected, ALONE, print) as endpoint:
+    with shared(inner, ALONE, print) as endpoint:
         assert endpoint is inner
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_sent_again_over_http_is_told_as_long_as_it_is_asked(size: int) -> None:
+    told: list[int] = []
+
+    def before(images: int) -> None:
+        raise AssertionError
+
+    with HTTPVictim(["http://victim"], on_resend=before) as victim:
+        with shared(victim, Team(0, size), told.append) as endpoint:
+            assert victim.on_resend not in (None, before)
+            victim.on_resend(3)
+            assert told == ([3] if endpoint is victim else [])  # in a team after the answer, with those of the others
+        assert victim.on_resend is before
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])

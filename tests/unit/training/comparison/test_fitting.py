@@ -1,21 +1,35 @@
+from pathlib import Path
+
 import pytest
 
-from training import compare, zo_fit
-from training.comparison.fitting import zo_flags
+from services.settings import read
+from training.comparison.config import CompareConfig
 from training.comparison.runs import Run
 
+TYPED = [
+    [],
+    ["--task", "segmentation", "--channels", "1"],
+    ["--channels", "3", "--size", "32", "--published-test", "--split-seed", "4"],
+    ["--wire", "image", "--victim-mapping", "victim.toml", "--votes", "3", "--vote-noise", "0.2"],
+]
 
-@pytest.mark.parametrize("typed", [[], ["--task", "segmentation", "--channels", "1"], ["--channels", "3"]])
-def test_zo_fit_gets_the_task_and_the_channels_once_they_are_known(typed: list[str]) -> None:
-    arguments = compare.build_parser().parse_args(["--victim-url", "http://victim", *typed])
-    learned = zo_fit.build_parser().parse_args(zo_flags(Run("zo-ds", budget=600, seed=0), arguments))
-    assert (learned.task, learned.channels) == (arguments.task, arguments.channels)
-    assert (learned.data, learned.size) == (arguments.data, arguments.size)
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_learned_run_has_the_images_and_the_victim_of_the_comparison(typed: list[str]) -> None:
+    argv = ["--victim-url", "http://victim", "--pretrained", "parts", *typed]
+    config = read(CompareConfig, argv, prog="compare")
+    learned = config.learning(Run("zo-ds", budget=600, seed=5), resume=True)
+    for name in ("task", "channels", "data", "size", "published_test", "split_seed", "sigma", "victim_url"):
+        assert getattr(learned, name) == getattr(config, name)
+    for name in ("wire", "victim_mapping", "votes", "vote_noise", "device", "pretrained"):
+        assert getattr(learned, name) == getattr(config, name)
+    assert (learned.max_queries, learned.steps, learned.seed, learned.resume) == (600, None, 5, True)
+    assert (learned.directions, learned.batch, learned.mu) == (4, 128, 0.005)
+    assert learned.out == Path("artifacts/compare/zo-ds/600-5")
 
 
-@pytest.mark.parametrize("typed", [[], ["--wire", "image", "--victim-mapping", "victim.toml", "--votes", "3"]])
-def test_zo_fit_asks_the_victim_as_the_comparison_does(typed: list[str]) -> None:
-    arguments = compare.build_parser().parse_args(["--victim-url", "http://victim", *typed])
-    learned = zo_fit.build_parser().parse_args(zo_flags(Run("zo-ds", budget=600, seed=0), arguments))
-    for name in ("wire", "victim_mapping", "votes", "vote_noise"):
-        assert getattr(learned, name) == getattr(arguments, name)
+def test_a_white_box_is_bound_by_its_steps() -> None:
+    config = CompareConfig(victim=Path("weights"), pretrained=Path("parts"), methods=("fo-ds",))
+    learned = config.learning(Run("fo-ds", budget=0, seed=0, steps=7))
+    assert (learned.steps, learned.victim_url, learned.estimator) == (7, ("in-process:weights",), "exact")
+    assert learned.max_queries > 10**8

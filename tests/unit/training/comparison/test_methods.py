@@ -1,4 +1,3 @@
-import argparse
 import json
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import torch
 from defense.artifact import Provenance, save_artifact
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from training.command.errors import UserError
-from training.comparison.methods import METHODS, method_list
+from training.comparison.methods import METHODS, known_method
 from training.comparison.runs import Record, Run, build_front, plan, read_groups, read_records
 
 RECORD = Record(Run("mse", 0, 0), False, "in process", "abc", 0, [(3, True), (1, False)])
@@ -30,9 +29,9 @@ def test_the_plan_begins_with_what_needs_no_training_and_goes_seed_by_seed():
 
 
 def test_names_are_checked():
-    assert method_list("mse,noise,mse") == ["mse", "noise"]
-    with pytest.raises(argparse.ArgumentTypeError, match="unknown: x; there are none"):
-        method_list("mse,x")
+    assert known_method("mse") == "mse"
+    with pytest.raises(ValueError, match="unknown: x; there are none"):
+        known_method("x")
 
 
 def test_records_come_back_in_the_order_of_the_table(tmp_path):

@@ -11,7 +11,7 @@ from services.hospital.model import FILE_NAME, VictimConfig, build_victim, load_
 from services.protocol.images import encode_png
 from training.command.errors import UserError
 from training.data.datasets import ImageSet, Splits
-from training.victim.in_process import connecting, in_process, refuse_another_victim
+from training.victim.in_process import in_process, refuse_another_victim
 
 CONFIG = VictimConfig(labels=("a", "b", "c"), size=(32, 32), width=0.125)
 CPU = torch.device("cpu")
@@ -91,11 +91,6 @@ def test_a_victim_that_may_have_seen_the_test_images_is_told(folder, caplog):
     (folder / "report.json").write_text(json.dumps({"fingerprint": "other"}))
     with in_process(folder, CPU, splits()):
         assert "may have seen images of this test split" in caplog.text
-
-
-def test_zo_fit_gets_the_victim_whatever_it_asks_for(folder):
-    with in_process(folder, CPU, splits()) as victim, connecting(victim)(["u"], batch=3, on_resend=None) as same:
-        assert same is victim
 
 
 def test_a_victim_is_known_again_and_another_one_refused(tmp_path):

@@ -30,7 +30,7 @@ CORRUPTION: Final = "corruption"
 _COLUMNS: Final = ("fgsm", "pgd", "pgd-twice", "pgd-bpda", "pgd-transfer", "apgd", "square", "hopskipjump", "student")
 
 
-class Campaign:
+class AttackEnsemble:
     """All attacks at all sizes; rows are written as they come.
 
     Args:
