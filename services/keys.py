@@ -13,7 +13,6 @@ salted and slow hashes, which passwords need, would add nothing. The file is TOM
 Clients send theirs as `X-API-Key: KEY` or `Authorization: Bearer KEY`.
 """
 
-import argparse
 import hashlib
 import hmac
 import json
@@ -30,8 +29,11 @@ from typing import Annotated, Any, Final, Self
 
 from fastapi import Depends
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
 
 from services.protocol.errors import InvalidInput, RateLimited, Unauthorized
+from services.settings import Config, read
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -230,23 +232,25 @@ def make_key(name: str, rate: float | None = None, burst: int | None = None) -> 
     return key, "\n".join([f"[{name}]", *(f"{field} = {json.dumps(value)}" for field, value in table.items())])
 
 
+class _NewKey(Config):
+    """Makes an API key: what a file of keys needs goes to stdout, the key itself to stderr, once."""
+
+    name: CliPositionalArg[str] = Field(description="the client's")
+    rate: float | None = Field(None, description="images a second that the client may send (default: the service's)")
+    burst: int | None = Field(None, description="images that it may send at once (default: a second's)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.keys",
-        description="Makes an API key: what a file of keys needs goes to stdout, the key itself to stderr, once.",
-    )
-    parser.add_argument("--rate", type=float, help="images a second that the client may send (default: the service's)")
-    parser.add_argument("--burst", type=int, help="images that it may send at once (default: a second's)")
-    parser.add_argument("name", help="the client's")
-    arguments = parser.parse_args(argv)
+    prog = "python -m services.keys"
+    wanted = read(_NewKey, argv, prog=prog)
     try:
-        key, table = make_key(arguments.name, arguments.rate, arguments.burst)
+        key, table = make_key(wanted.name, wanted.rate, wanted.burst)
     except InvalidInput as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     print(f"{table}\n")
-    print(f"The key of {arguments.name}, which nothing shows again: {key}", file=sys.stderr)
+    print(f"The key of {wanted.name}, which nothing shows again: {key}", file=sys.stderr)
     return 0
 
 

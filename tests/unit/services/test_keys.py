@@ -1,4 +1,5 @@
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,9 @@ def test_the_command_makes_keys_that_work_and_shows_them_once(
     "arguments", [["a b"], [""], ["x", "--rate", "0"], ["x", "--rate", "nan"], ["x", "--burst", "3"]]
 )
 def test_the_command_refuses_what_the_file_would(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(arguments))
+    assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert not out
     assert err.count("\n") == 1
