@@ -227,6 +227,35 @@ def test_a_run_that_did_not_note_its_task_is_resumed(fit, capsys):
     assert "channels was 1, is 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("former", "refused"),
+    [
+        ({"control_variate": False, "combine": "unbiased", "rotated": 0.0, "slope_weight": 0.0, "checked": 16}, ""),
+        ({"control_variate": True}, "control_variate was True, is None"),
+        ({"combine": "projection"}, "combine was projection, is None"),
+    ],
+)
+def test_an_older_run_goes_on_where_settings_that_are_gone_had_changed_nothing(fit, tmp_path, capsys, former, refused):
+    assert fit("--steps", "1") == 0
+    checkpoint = Checkpoint.load(tmp_path / "out")
+    del checkpoint.state["settings"]["preset"]
+    checkpoint.state["settings"].update(former)
+    checkpoint.save(tmp_path / "out")
+    assert fit("--steps", "2", "--resume") == (2 if refused else 0)
+    assert refused in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("checked", "code"), [(0, 0), (8, 2)])
+def test_an_older_run_of_a_surrogate_goes_on_unless_its_slopes_were_checked(fit, tmp_path, capsys, checked, code):
+    flags = ["--estimator", "surrogate", "--sanitizer", "denoiser", "--warm-up", "40", "--warm-up-steps", "2"]
+    assert fit("--steps", "1", *flags) == 0
+    checkpoint = Checkpoint.load(tmp_path / "out")
+    checkpoint.state["settings"]["checked"] = checked
+    checkpoint.save(tmp_path / "out")
+    assert fit("--steps", "2", *flags, "--resume") == code
+    assert ("checked was 8" in capsys.readouterr().err) == (code == 2)
+
+
 def test_pretraining_on_another_split_is_told(fit, monkeypatch, caplog):
     monkeypatch.setattr(zo_fit, "load_data", lambda *_, **__: replace(SPLITS, fingerprint="e" * 64))
     assert fit("--steps", "1") == 0
