@@ -22,11 +22,10 @@ from training.command.cli import run
 from training.command.errors import UserError
 from training.measure.results import Row, read_rows
 from training.measure.scoring import ACCURACY, DICE, SMALL
+from training.reporting import FILE_NAME
 from training.reporting.figures import against_size, certified, image, learning
 from training.reporting.tables import MISSING, attacks, corruptions, ladder, ledger, smallest
 from training.victim.files import REPORT_NAME
-
-NAME: Final = "report.html"
 
 _NOT_COVERED: Final = (
     "An attack larger than a certified radius, whatever the tables say of attacks that were tried: one that was not "
@@ -71,7 +70,7 @@ def _write(arguments: argparse.Namespace) -> int:
     task, datasets = _subject(artifacts, victim)
     rows = [row for row in read_rows(arguments.results) if row.task == task and row.dataset in datasets]
     metric = ACCURACY if task == "classification" else DICE
-    out: Path = arguments.out or folder / NAME
+    out: Path = arguments.out or folder / FILE_NAME
     title = f"Defense of a {'classifier' if task == 'classification' else 'segmenter'}: {', '.join(sorted(datasets))}"
     body = [
         f"<h1>{html.escape(title)}</h1>",
@@ -190,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=Path("artifacts/results.json"), help="rows (default artifacts/results.json)"
     )
-    parser.add_argument("--out", type=Path, help=f"the file (default FOLDER/{NAME})")
+    parser.add_argument("--out", type=Path, help=f"the file (default FOLDER/{FILE_NAME})")
     return parser
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from training import demo
+from training.demonstration import stages
 
 URL = "http://127.0.0.1:1"
 
@@ -24,7 +25,8 @@ def commands(monkeypatch):
         ran.append((module.removeprefix("training."), arguments))
 
     monkeypatch.setattr(demo, "service", service)
-    monkeypatch.setattr(demo, "run_verb", run_verb)
+    for module in (demo, stages):
+        monkeypatch.setattr(module, "run_verb", run_verb)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     return ran
 
@@ -68,7 +70,7 @@ def test_what_is_finished_is_used_again_and_a_larger_budget_continues(commands, 
     (out / "victim" / "report.json").write_text("")
     provenance = SimpleNamespace(settings={"max_queries": 1000})
     learned = SimpleNamespace(manifest=SimpleNamespace(provenance=provenance))
-    monkeypatch.setattr(demo, "load_artifact", lambda _: learned)
+    monkeypatch.setattr(stages, "load_artifact", lambda _: learned)
     assert demo.main(["--out", str(tmp_path), "--max-queries", "1000"]) == 0
     assert verbs(commands) == ["evaluate", "samples", "report"]
     commands.clear()

@@ -1,0 +1,1 @@
+"""The stages of the demo, and what it tells at its end."""
