@@ -15,6 +15,27 @@ FORBIDDEN = [
     ("services", ("training",)),
     ("training", ("services.gateway", "services.hospital.app", "services.hospital.config")),
 ]
+ROOMS = (
+    "command",
+    "data",
+    "measure",
+    "victim",
+    "fit",
+    "certificates",
+    "attack",
+    "comparison",
+    "reporting",
+    "demonstration",
+)
+"""The rooms of training, from the ground up: each may import those before it, and the verbs on top import them all."""
+
+THIN = 150
+"""Lines that a verb has at most: it reads its configuration, calls, and prints."""
+
+# Files of training that await their conversion; nothing may be added.
+UPWARDS = {"training/command/cli.py"}
+THICK = {"evaluate.py", "redteam.py", "report.py"}
+
 # in_process: the comparison's white-box rows need the victim's gradient, and its other rows a victim without sockets.
 MAY_KNOW_THE_VICTIM = {"victim_fit.py", "evaluate.py", "files.py", "in_process.py"}
 
@@ -37,6 +58,29 @@ def test_imports_run_one_way(package, forbidden):
     for path in files:
         for name in imports(path):
             assert not any(name == other or name.startswith(f"{other}.") for other in forbidden), f"{path}: {name}"
+
+
+def test_the_rooms_of_training_are_all_in_their_order():
+    assert {path.name for path in (ROOT / "training").iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_of_training_imports_one_above_it_or_a_verb(room):
+    below = ROOMS[: ROOMS.index(room) + 1]
+    for path in (ROOT / "training" / room).rglob("*.py"):
+        if path.relative_to(ROOT).as_posix() in UPWARDS:
+            continue
+        for name in imports(path):
+            if name.startswith("training."):
+                assert name.split(".")[1] in below, f"{path}: {name}"
+
+
+def test_verbs_are_thin_and_import_no_other_verb():
+    verbs = {path.stem for path in (ROOT / "training").glob("*.py")} - {"__init__"}
+    for path in (ROOT / "training").glob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("training.") or name.split(".")[1] not in verbs, f"{path}: {name}"
+        assert path.name in THICK or len(path.read_text().splitlines()) <= THIN, path
 
 
 def test_only_the_victims_trainer_and_the_attacker_know_the_victim():
