@@ -52,6 +52,7 @@ class ServiceSettings(BaseSettings):
     deadline_s: float = Field(
         300.0, gt=0, description="most seconds for a request, from its headers to its answer, before it is answered 504"
     )
+    decoders: int = Field(2, ge=1, description="processes that decode images, other than small PNGs and JPEGs")
     max_body_mb: int = Field(256, ge=1, description="largest request body in MiB, also when inflated")
     docs: bool = Field(False, description="serve the OpenAPI document at /openapi.json and its page at /docs")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what to log to stderr")

@@ -31,6 +31,7 @@ from services.gateway.versions import Versions, reloading_on_hangup
 from services.keys import Client, KeySent
 from services.protocol import deadlines, oip
 from services.protocol.calls import REQUEST, Call, read_call
+from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
 from services.protocol.replies import answer
@@ -72,12 +73,13 @@ def make_gateway(
     queues = {"images": admission, "copies": admission_of_copies}
     metrics.watch(accounts, queues, lambda: (versions.current.number, versions.current.manifest.id))
     detector = Detector(settings)
+    decoders = DecodingPool(settings.decoders, limits=Limits.for_files(settings.max_body_bytes))
     access = access_of(settings, accounts.name)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         with metrics.serving(settings.host, settings.metrics_port):
-            async with versions:
+            async with versions, decoders:
                 with reloading_on_hangup(versions):
                     yield
 
@@ -100,6 +102,7 @@ def make_gateway(
             call = await read_call(
                 request,
                 defense.shape,
+                decoders,
                 max_body_bytes=settings.max_body_bytes,
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
@@ -221,7 +224,15 @@ def make_gateway(
 
     if settings.page:
         app.include_router(
-            page_api(versions, settings, access=access, accounts=accounts, admission=admission, metrics=metrics)
+            page_api(
+                versions,
+                settings,
+                access=access,
+                accounts=accounts,
+                admission=admission,
+                metrics=metrics,
+                decoders=decoders,
+            )
         )
 
     if settings.admin_token is not None:

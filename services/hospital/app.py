@@ -19,6 +19,7 @@ from services.hospital.model import VictimConfig
 from services.keys import KeySent
 from services.protocol import deadlines
 from services.protocol.calls import REQUEST, Call, read_call
+from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.http import make_app
 from services.protocol.openapi import error_responses
 from services.protocol.replies import RESPONSES, Signature, answer
@@ -61,11 +62,12 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
 
     batcher = Batcher(run, max_batch=settings.max_batch, max_delay_s=settings.max_delay_ms / 1000)
     admission = Admission(settings.max_queue)
+    decoders = DecodingPool(settings.decoders, limits=Limits.for_files(settings.max_body_bytes))
     access = access_of(settings, lambda _key: "anyone")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with batcher:
+        async with batcher, decoders:
             yield
 
     app = make_app("hospital", max_body_bytes=settings.max_body_bytes, docs=settings.docs, lifespan=lifespan)
@@ -75,7 +77,7 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
-        call = await read_call(request, shape, max_body_bytes=settings.max_body_bytes)
+        call = await read_call(request, shape, decoders, max_body_bytes=settings.max_body_bytes)
         access.take(client, len(call.images))
         return await deadlines.attended(request, decide(call))
 

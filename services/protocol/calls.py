@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from services.protocol import oip
 from services.protocol.deadlines import in_time, narrow
+from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import ClientGone, InvalidInput, UnsupportedMedia
-from services.protocol.images import decode_sized
 from services.protocol.limits import inflate
 
 _FORM_TYPE = "multipart/form-data"
@@ -92,6 +92,7 @@ class Call:
 async def read_call(
     request: Request,
     shape: tuple[int, int, int],
+    decoders: DecodingPool,
     *,
     max_body_bytes: int,
     tensors_only: bool = False,
@@ -107,6 +108,7 @@ async def read_call(
         request: the HTTP request, its body not yet read.
         shape: (C,H,W) of the images that the model takes. Images in a file format are resized to it; tensors must have
             it.
+        decoders: what decodes image files.
         max_body_bytes: bound on an inflated body.
         tensors_only: refuse images.
         outputs: names of the output tensors that may be asked for.
@@ -125,16 +127,16 @@ async def read_call(
         if encoding is not None:
             raise UnsupportedMedia("multipart bodies must not be compressed")
         data, more = await _uploaded(request)
-        return await anyio.to_thread.run_sync(_image_call, data, shape, wants_png, _frame([*frames, *more]))
+        return await _image_call(decoders, data, shape, wants_png, _frame([*frames, *more]))
     try:
         async with in_time():
             body = await request.body()
     except ClientDisconnect as error:
         raise ClientGone("the connection ended before the body did") from error
     if is_image:
-        return await anyio.to_thread.run_sync(
-            lambda: _image_call(inflate(body, encoding, max_bytes=max_body_bytes), shape, wants_png, _frame(frames))
-        )
+        if encoding is not None:
+            body = await anyio.to_thread.run_sync(lambda: inflate(body, encoding, max_bytes=max_body_bytes))
+        return await _image_call(decoders, body, shape, wants_png, _frame(frames))
     json_length = oip.header_length(request.headers.get(oip.HEADER))
 
     def decode() -> tuple[Call, float | None]:
@@ -197,9 +199,12 @@ def _prefers_png(accept: str) -> bool:
     return weight_of(MASK_TYPE) > weight_of(oip.JSON_TYPE)
 
 
-def _image_call(data: bytes, shape: tuple[int, int, int], wants_png: bool, frame: int | None) -> Call:
+async def _image_call(
+    decoders: DecodingPool, data: bytes, shape: tuple[int, int, int], wants_png: bool, frame: int | None
+) -> Call:
     channels, height, width = shape
-    image, size = decode_sized(data, channels=channels, size=(height, width), frame=frame)
+    async with in_time():
+        image, size = await decoders.decode(data, channels=channels, size=(height, width), frame=frame)
     return Call(image[None], "image", size=size, wants_png=wants_png)
 
 

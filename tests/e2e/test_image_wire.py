@@ -13,6 +13,7 @@ from zo_fit_runs import serving
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
 from services.protocol.calls import read_call
+from services.protocol.decoding.pool import DecodingPool
 from services.protocol.images import decode_image
 from training import pretrain, zo_fit
 from training.data.datasets import ImageSet, Splits
@@ -34,7 +35,9 @@ class ImageServer:
 
     async def predict(self, request: Request) -> dict[str, object]:
         assert request.headers["Content-Type"].startswith("multipart/form-data")
-        probabilities = self.compare((await read_call(request, (1, SIZE, SIZE), max_body_bytes=10**6)).images[0])
+        probabilities = self.compare(
+            (await read_call(request, (1, SIZE, SIZE), DecodingPool(1), max_body_bytes=10**6)).images[0]
+        )
         told = {"label": LABELS[int(probabilities[0] < 0.5)], "labels": LABELS}
         return told if self.names_only else {**told, "probabilities": probabilities}
 

@@ -25,6 +25,7 @@ from services.gateway.versions import Versions
 from services.keys import Access, KeySent
 from services.protocol import deadlines
 from services.protocol.calls import REQUEST, Call, read_call
+from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, NotFound
 from services.protocol.images import encode_png
 from services.protocol.replies import Signature, answer
@@ -54,6 +55,7 @@ def page_api(
     accounts: Accounts,
     admission: Admission,
     metrics: Metrics,
+    decoders: DecodingPool,
 ) -> APIRouter:
     """The page's paths.
 
@@ -64,6 +66,7 @@ def page_api(
         accounts: where queries are counted.
         admission: where images in work are counted.
         metrics: what is known of the victim's answers.
+        decoders: what decodes image files.
 
     Raises:
         InvalidInput: the folder of samples is none.
@@ -125,7 +128,7 @@ def page_api(
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
         await require_room(request, admission, 1)
-        call = await read_call(request, versions.current.shape, max_body_bytes=settings.max_body_bytes)
+        call = await read_call(request, versions.current.shape, decoders, max_body_bytes=settings.max_body_bytes)
         if call.form != "image":
             raise InvalidInput("the page is about images; tensors are answered at /predict")
         access.take(client, 1)

@@ -76,7 +76,7 @@ def read_frame(data: bytes, *, frame: int | None, max_pixels: int) -> npt.NDArra
         if layout.samples == 3:
             raise UnsupportedMedia("the DICOM file's colors are of a kind that only other transfer syntaxes have")
         return to_grey(stored, header, layout, index)
-    except ServiceError:
+    except (ServiceError, MemoryError):
         raise
     except Exception:  # on damaged files pydicom raises whatever it meets; its words may quote the file
         raise InvalidInput("the DICOM file is damaged or cut short") from None

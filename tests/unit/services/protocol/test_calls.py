@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from PIL import Image
 
 from services.protocol.calls import Call, read_call
+from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, Unsupported
 from services.protocol.masks import class_map, decode_mask
 from services.protocol.replies import Signature, answer
@@ -46,12 +47,14 @@ async def read() -> AsyncIterator[Any]:
     """Posts, and returns the call that was read."""
     app = FastAPI()
     calls: list[Call] = []
+    decoders = DecodingPool(1)
 
     @app.post("/")
     async def read_one(request: Request) -> None:
-        calls.append(await read_call(request, SHAPE, max_body_bytes=10**7))
+        calls.append(await read_call(request, SHAPE, decoders, max_body_bytes=10**7))
 
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+    transport = httpx.ASGITransport(app)
+    async with decoders, httpx.AsyncClient(transport=transport, base_url="http://test") as http:
 
         async def post(url: str = "/", **question: Any) -> Call:
             response = await http.post(url, **question)
