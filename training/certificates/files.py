@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from training.certificates.config import CertificateConfig
 from training.command.errors import UserError
+from training.data.datasets import Splits
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,37 @@ class Settings:
     seed: int
     stop_early: bool = False
     tau: float | None = None
+
+
+def settings_for(
+    config: CertificateConfig,
+    splits: Splits,
+    *,
+    split: str,
+    seed: int,
+    stop_early: bool,
+    name: str = "",
+    artifact: str | None = None,
+) -> Settings:
+    """The settings that a settled configuration and its images give; the others as in `Settings`."""
+    assert config.n0 is not None  # it is settled
+    assert config.n is not None
+    channels, height, width = splits.test.images.shape[1:]
+    return Settings(
+        name=name,
+        artifact=artifact,
+        dataset=splits.name,
+        fingerprint=splits.fingerprint,
+        split=split,
+        shape=(channels, height, width),
+        sigma=config.sigma,
+        n0=config.n0,
+        n=config.n,
+        alpha=config.alpha,
+        seed=seed,
+        stop_early=stop_early and config.tau is None,
+        tau=config.tau,
+    )
 
 
 @dataclass(frozen=True)

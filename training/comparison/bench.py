@@ -15,7 +15,7 @@ from services.device import resolve_device
 from services.protocol.client import Endpoint
 from training.certificates.certification import certify_images
 from training.certificates.config import settled_certificate
-from training.certificates.files import Settings, read_output
+from training.certificates.files import Settings, read_output, settings_for
 from training.command.errors import UserError
 from training.comparison.claims import claim, locked
 from training.comparison.config import CompareConfig
@@ -112,24 +112,7 @@ def compare(config: CompareConfig, connect: Connect) -> list[Run]:
         where = str(config.victim or ", ".join(config.victim_url))
         if identify(endpoint, where, chosen.images[0], splits.labels).artifact is not None:
             raise UserError(f"a gateway answers at {where}: name the bare victim")
-        assert config.n0 is not None  # settled
-        assert config.n is not None
-        channels, height, width = chosen.images.shape[1:]
-        shared = Settings(
-            name="",
-            artifact=None,
-            dataset=splits.name,
-            fingerprint=splits.fingerprint,
-            split=config.split,
-            shape=(channels, height, width),
-            sigma=config.sigma,
-            n0=config.n0,
-            n=config.n,
-            alpha=config.alpha,
-            seed=config.seed,
-            stop_early=config.stop_early and config.tau is None,
-            tau=config.tau,
-        )
+        shared = settings_for(config, splits, split=config.split, seed=config.seed, stop_early=config.stop_early)
         _claim(config, shared, endpoint, splits, chosen)
         bench = Bench(config, shared, indices, chosen, endpoint, device)
         for run in config.runs:

@@ -117,29 +117,18 @@ def measured_row(
     dataset: str,
     task: str,
     split: str,
-    attack: str,
-    norm: str,
-    epsilon: float | None,
     defense: str,
     metric: str,
     queries: int,
     seed: int,
+    attack: str = "none",
+    norm: str = "none",
+    epsilon: float | None = None,
 ) -> Row:
-    """The row of what was measured image by image, with its interval.
+    """The row of one number an image, at least one, with its interval; the other arguments are fields of `Row`.
 
-    Args:
-        values: One number an image, at least one; inf is allowed. Their median where the metric's name begins with
-            "median_", else their mean.
-        dataset: As in `Row`, and so are the others.
-        task: See there.
-        split: See there.
-        attack: See there.
-        norm: See there.
-        epsilon: See there.
-        defense: See there.
-        metric: See there.
-        queries: See there.
-        seed: See there; also of the resampling.
+    Its value is the median where the metric's name begins with "median_", else the mean; inf is allowed. The seed is
+    also that of the resampling.
     """
     array = np.array(values, dtype=np.float64)
     middle: Callable[..., npt.NDArray[np.float64]] = np.median if metric.startswith("median_") else np.mean

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from defense.smoothing import ABSTAIN
 from training import certify
-from training.certificates.certification import certified_score, certify_image
-from training.certificates.files import ClassLine, read_output
+from training.certificates.certification import certify_class
+from training.certificates.files import ClassLine, Settings, read_output
+from training.certificates.summary import certified_score
 from training.measure.results import read_rows
 
 
@@ -201,10 +202,10 @@ def test_stopping_early_wants_half_of_the_selection(hits: int, queries: int) -> 
     def classifier(images: Tensor) -> Tensor:
         return torch.eye(11)[labels if len(images) == 10 else torch.zeros(len(images)).long()]
 
-    certificate, spent = certify_image(
-        classifier, torch.zeros(1, 2, 2), 0, sigma=1, n0=10, n=20, alpha=0.1, seed=0, batch=100, stop_unless=0
-    )
-    assert spent == queries
+    noise = {"sigma": 1.0, "n0": 10, "n": 20, "alpha": 0.1, "seed": 0, "stop_early": True}
+    settings = Settings("zo", None, "toy", "f", "test", (1, 2, 2), **noise)
+    certificate = certify_class(classifier, torch.zeros(1, 2, 2), 0, 0, settings, batch=100)
+    assert certificate.samples == queries
     assert certificate.label == (0 if queries == 30 else ABSTAIN)
 
 
