@@ -37,7 +37,7 @@ UPWARDS = {"training/command/cli.py"}
 THICK = {"evaluate.py", "redteam.py", "report.py"}
 
 # in_process: the comparison's white-box rows need the victim's gradient, and its other rows a victim without sockets.
-MAY_KNOW_THE_VICTIM = {"victim_fit.py", "evaluate.py", "files.py", "in_process.py"}
+MAY_KNOW_THE_VICTIM = {"victim_fit.py", "files.py", "in_process.py"}
 
 
 def imports(path: Path) -> set[str]:

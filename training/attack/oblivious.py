@@ -1,18 +1,42 @@
 """Images attacked once, on the bare victim, and sent to every defense: what each makes of them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from defense.attacks import ATTACKS, craft, minimum_norms, scaled_norms
+from services.protocol.client import Endpoint
+from training.command.errors import UserError
 from training.command.team import ALONE, Team
-from training.measure.results import NO_DEFENSE, Row, measured_row
+from training.measure.results import NO_DEFENSE, Row
 from training.measure.scoring import main_score, scores
 
+CLEAR_MARGIN: Final = 0.05
+"""Lead of the first over the second probability from which on weights and URL must agree on the class."""
+
 logger = logging.getLogger(__name__)
+
+
+def check_weights(weights: Endpoint, endpoint: Endpoint, url: str, images: Tensor) -> None:
+    """Checks that the service at the victim's URL runs the weights on which the attacks are crafted.
+
+    Raises:
+        UserError: The two answer different classes for an image on which the weights are not undecided.
+    """
+    with torch.no_grad():
+        top = weights(images).topk(2, dim=1)
+    clear = top.values[:, 0] - top.values[:, 1] > CLEAR_MARGIN
+    wrong = clear & (endpoint(images).argmax(dim=1) != top.indices[:, 0])
+    differ = int(wrong.view(len(images), -1).any(dim=1).sum())
+    if differ:
+        raise UserError(
+            f"--victim and --victim-url are different models: they disagree about {differ} of {len(images)} clean "
+            f"images; give the weights that the service at {url} was started with"
+        )
 
 
 @dataclass(frozen=True)
@@ -29,10 +53,8 @@ class Experiment:
     """Everything that the rows of one evaluation share.
 
     Attributes:
-        dataset: Name of the data.
-        task: What the victim does.
-        split: Name of the split.
-        seed: Seed of attacks and intervals.
+        row: `training.measure.results.measured_row` of what they share.
+        seed: Seed of the attacks.
         model: The bare victim's weights, logits, on the device where the attacks run.
         device: That device.
         images: (N,C,H,W) float32 in [0,1], on the CPU.
@@ -41,9 +63,7 @@ class Experiment:
         team: The processes that share the images; all have all of the above.
     """
 
-    dataset: str
-    task: str
-    split: str
+    row: Callable[..., Row]
     seed: int
     model: nn.Module
     device: torch.device
@@ -51,6 +71,17 @@ class Experiment:
     labels: Tensor
     defenses: tuple[Defense, ...]
     team: Team = ALONE
+
+    def run(self, attacks: Sequence[str], linf: Sequence[float], l2: Sequence[float]) -> list[Row]:
+        """The rows of the images as they are, and of every attack, at sizes in units of [0,1]."""
+        rows = self.clean()
+        for attack in attacks:
+            if ATTACKS[attack].minimum_norm:
+                rows += self.minimal(attack)
+                continue
+            for epsilon in l2 if ATTACKS[attack].norm == "l2" else linf:
+                rows += self.bounded(attack, epsilon)
+        return rows
 
     def clean(self) -> list[Row]:
         """Scores on the images as they are."""
@@ -100,16 +131,12 @@ class Experiment:
         return row
 
     def _row(self, defense: Defense, attack: str, norm: str, epsilon: float | None, metric: str, values: Tensor) -> Row:
-        return measured_row(
+        return self.row(
             values.double().numpy(),
-            dataset=self.dataset,
-            task=self.task,
-            split=self.split,
             attack=attack,
             norm=norm,
             epsilon=epsilon,
             defense=defense.name,
             metric=metric,
             queries=defense.queries,
-            seed=self.seed,
         )

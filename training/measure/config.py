@@ -21,11 +21,12 @@ class MeasureConfig(DataConfig):
     results: Path = Field(Path("artifacts/results.json"), description="rows are added here")
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """The name, where it can also name a file; else ValueError."""
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
         raise ValueError(f"{name!r} is no name: use letters, digits and . _ + -")
     return name
 
 
-DefenseName = Annotated[str, AfterValidator(_safe)]
-"""A name that may also name a file."""
+DefenseName = Annotated[str, AfterValidator(safe_name)]
+"""Of a defense; it can also name a file."""

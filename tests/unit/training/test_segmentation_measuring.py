@@ -16,6 +16,7 @@ from training.data.datasets import ImageSet, Splits
 from training.measure.results import Row, read_rows
 from training.measure.scoring import scores, worst_case
 from training.measure.selection import stratified_order
+from training.victim import in_process
 
 LABELS = ("background", "polyp")
 SIDE = 8
@@ -64,7 +65,7 @@ def splits(margin: float = MARGIN, count: int = 6) -> Splits:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(labels=LABELS, channels=1, size=(SIDE, SIDE))
-    monkeypatch.setattr(evaluate, "load_victim", lambda _: (Threshold().eval(), config))
+    monkeypatch.setattr(in_process, "load_victim", lambda _: (Threshold().eval(), config))
     monkeypatch.setattr(evaluate, "load_data", lambda *_, **__: splits())
     monkeypatch.setattr(certify, "load_data", lambda *_, **__: splits(margin=0.2))
 
