@@ -63,15 +63,17 @@ def read(kind: type[M], argv: Sequence[str] | None, *, prog: str) -> M:
     has_environment = issubclass(kind, BaseSettings)
     about = " ".join((kind.__doc__ or "").strip().partition("\n\n")[0].split())
     parser = argparse.ArgumentParser(prog=prog, description=about, allow_abbrev=False)
+    flags = _Flags(kind)
     source: CliSettingsSource[Any] = CliSettingsSource(
         cast("type[BaseSettings]", kind),
         root_parser=parser,
-        add_argument_method=_Flags(kind).add,
+        add_argument_method=flags.add,
         cli_kebab_case=True,
         cli_implicit_flags=True if has_environment else "toggle",  # a variable that says yes can be taken back
         cli_hide_none_type=True,
         cli_enforce_required=not has_environment,
     )
+    parser.usage = " ".join(["%(prog)s", *flags.required, "[options]"])
     try:
         return kind(**source(args=list(sys.argv[1:] if argv is None else argv))())
     except ValidationError as error:
@@ -128,6 +130,7 @@ class _Flags:
     def __init__(self, kind: type[BaseModel]) -> None:
         self._kind = kind
         self._groups: dict[type[BaseModel], argparse._ArgumentGroup] = {}
+        self.required: list[str] = []
 
     def add(self, parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
         """As `argparse.ArgumentParser.add_argument`."""
@@ -135,6 +138,10 @@ class _Flags:
         field = self._kind.model_fields.get(name)
         if field is None:
             return parser.add_argument(*names, **options)
+        if not names[0].startswith("-"):
+            self.required.append(name)
+        elif options.get("required"):
+            self.required.append(f"{names[0]} {name.upper()}")
         if _Replaced in field.metadata:
             options.pop("action", None)
         if not options.get("metavar", "{").startswith("{"):  # a type's name

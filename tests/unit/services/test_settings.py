@@ -78,7 +78,7 @@ def test_the_help_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         read(Tool, ["--help"], prog="tool")
     assert caught.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert told.startswith("usage: tool ")
+    assert told.startswith("usage: tool folder --victim-url VICTIM_URL [options] ")
     for part in (
         "Does one thing, and does it well.",
         "The images: --data DATA a folder (default phantom)",
