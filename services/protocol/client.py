@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import httpx
 import torch
@@ -17,6 +17,7 @@ __all__ = ["AsyncVictimClient", "Endpoint", "HTTPVictim", "WireName"]
 _T = TypeVar("_T")
 
 
+@runtime_checkable
 class Endpoint(Protocol):
     """A victim, or a gateway in front of one: `HTTPVictim`, or the like of it in process."""
 

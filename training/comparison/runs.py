@@ -187,11 +187,7 @@ def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
 def plan(names: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], fo_steps: int) -> list[Run]:
     """The runs that a comparison takes: first what needs no training, then seed by seed, smaller budgets first.
 
-    Args:
-        names: Of the methods.
-        budgets: Victim queries.
-        seeds: Of the training.
-        fo_steps: Steps of the white boxes.
+    White boxes take `fo_steps` steps in place of a budget.
     """
     free = [Run(name, 0, 0) for name in names if METHODS[name].kind != "learned"]
     learned = [name for name in names if METHODS[name].kind == "learned"]

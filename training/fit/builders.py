@@ -31,12 +31,7 @@ from training.fit.student import Student
 
 
 def build_estimator(config: FitConfig, sanitizer: Sanitizer, mu: float) -> Estimator:
-    """The estimator that a configuration names.
-
-    Args:
-        config: Of the run.
-        sanitizer: What will be trained.
-        mu: The step of finite differences.
+    """The estimator that a configuration names, with `mu` as the step of its finite differences.
 
     Raises:
         UserError: The configuration does not fit the sanitizer.
@@ -104,16 +99,7 @@ def build_student(
     *,
     writes: bool = True,
 ) -> Student | None:
-    """The surrogate, where the method uses one.
-
-    Args:
-        config: Of the run.
-        sanitizer: What will be trained.
-        classes: K of the victim.
-        positions: The axes of its answers behind the classes.
-        device: Where the surrogate learns.
-        folder: Of the run.
-        writes: Whether this process keeps it on disk.
+    """The surrogate, where the method uses one: of a victim with so many classes and positions in its scores.
 
     Raises:
         UserError: The method does not fit what the victim answers.

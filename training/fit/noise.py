@@ -12,9 +12,9 @@ def with_noise(clean: Tensor, sigma: float, generator: torch.Generator, below: f
 
     Args:
         clean: (N, C, H, W), on any device.
-        sigma: Standard deviation, in units of the [0, 1] range.
-        generator: Source of the noise, on the CPU.
-        below: Share of the images that get any level between none and sigma, in [0, 1].
+        sigma: Standard deviation.
+        generator: On the CPU.
+        below: Share of the images that get any level between none and sigma.
     """
     level: Tensor | float = sigma
     if below:

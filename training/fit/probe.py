@@ -66,13 +66,9 @@ def probe_victim(
 
 
 def recall_victim(victim: MeteredVictim, client: Endpoint, state: dict[str, Any], image: Tensor) -> None:
-    """Goes on with a victim that an interrupted run has probed; one query, none where the budget is spent.
+    """Goes on with a victim whose answers an interrupted run has probed and noted in its checkpoint's `state`.
 
-    Args:
-        victim: The metered black box; gets what the earlier run knows of its answers.
-        client: The same black box, unmetered.
-        state: Of the run's checkpoint: labels, and kind, rounding and positions of the scores.
-        image: (C, H, W) in [0, 1], to ask with.
+    Asks for its classes with `image` (C, H, W), which is one query; none where the budget is spent.
 
     Raises:
         UserError: It names other classes now.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from training.fit.pretraining import load_pretrained, pretrain
 from training.fit.probe import probe_victim, recall_victim
 from training.fit.progress import log_end, train
 from training.fit.trainer import Trainer
+from training.victim.function import FunctionVictim
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ _PROBE_IMAGES: Final = 32
 
 def fit(
     config: FitConfig,
-    victim: Endpoint,
+    victim: Endpoint | Callable[[Tensor], Tensor],
     splits: Splits,
     *,
     out: Path,
@@ -78,8 +80,8 @@ def fit(
 
     Args:
         config: How; all of its fields are noted in the artifact.
-        victim: The black box, such as `HTTPVictim`. Every image that it is sent is booked, those too that it is sent
-            again.
+        victim: The black box: `HTTPVictim`, or a function from images (N,C,H,W) to scores (N,K) or (N,K,H,W), whose
+            classes `FunctionVictim` can name. Every image that it is sent is booked, those too that it is sent again.
         splits: Training and validation images, whose labels are not looked at.
         out: Folder of the run.
         pretrained: What `pretrain` wrote; None: pre-train first, into `out`/pretrained.
@@ -100,6 +102,7 @@ def fit(
         raise UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
     if config.batch < team.size:
         raise UserError(f"--batch {config.batch} is too small for {team.size} processes: raise it")
+    endpoint = victim if isinstance(victim, Endpoint) else FunctionVictim(victim)
     settings = {**settings_of(config), "data_fingerprint": splits.fingerprint}
     with ExitStack() as stack:
         journal = Journal(out) if team.is_first else None
@@ -118,7 +121,7 @@ def fit(
         build(PUBLISHED_MU)  # refuses what does not fit before anything is spent
 
         ledger = QueryLedger(config.max_queries, spent, None if journal is None else journal.write)
-        client = stack.enter_context(shared(victim, team, on_resend=partial(ledger.charge, "resent")))
+        client = stack.enter_context(shared(endpoint, team, on_resend=partial(ledger.charge, "resent")))
         asked = metered(client, ledger, config)
         if checkpoint is None:
             sample = _some(splits.train.images, _PROBE_IMAGES, config.seed)
