@@ -7,7 +7,7 @@ TASK ?=
 OUT ?= artifacts
 ROUNDS ?= 10
 SECONDS ?= 300
-CODE := defense services training benchmarks tests
+CODE := defense services training zo_gateway benchmarks tests
 
 # PyTorch from an index of its builds (cpu, cu126, ...) instead of PyPI; an installed one is replaced after `make clean`.
 TORCH ?=
@@ -74,7 +74,7 @@ bench: install ## Ratios, after make demo: gateway and model against alternative
 	$(BIN)/python -m benchmarks.scaling --victim $(OUT)/phantom/victim --pretrained $(OUT)/phantom/pretrained
 
 reference: install ## The API reference, from the docstrings, as HTML below OUT/reference.
-	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory $(OUT)/reference defense services training
+	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory $(OUT)/reference defense services training zo_gateway
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable

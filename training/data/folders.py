@@ -89,6 +89,20 @@ def task_of(root: Path, told: Task | None) -> Task:
     return task
 
 
+def read_some(root: Path, task: Task, size: int, channels: int, count: int) -> Tensor:
+    """At most `count` images, (N,C,S,S), from all over a folder in one of the layouts; the others are not read.
+
+    Raises:
+        UserError: The folder has no such layout, or holds an unreadable image among them.
+    """
+    if task == "segmentation":
+        paths = [picture for picture, _ in _list_pairs(root)]
+    else:
+        paths = [file.path for file in _list_classes(root)[0]]
+    chosen = paths[:: max(1, len(paths) // count)][:count]
+    return torch.stack([_decoded(path, path.read_bytes(), channels, size)[0] for path in chosen])
+
+
 def read_classes(root: Path, size: int, channels: int) -> Contents:
     """Reads `Training/<class>/*` with or without `Testing/<class>/*`, or one folder a class.
 

@@ -69,7 +69,7 @@ def fit(
     victim: Endpoint | Callable[[Tensor], Tensor],
     splits: Splits,
     *,
-    out: Path,
+    out: Path | str,
     pretrained: Path | None = None,
     resume: bool = False,
     keep_surrogate: bool = False,
@@ -98,6 +98,7 @@ def fit(
         DefenseError: The victim's noise allows no step, the budget no step, or a gradient was not finite.
         ServiceError: The victim stayed away, or answered nonsense; the last checkpoint holds.
     """
+    out = Path(out)
     if config.estimator == "exact" and isinstance(victim, HTTPVictim):
         raise UserError("--estimator exact needs an open model in process, as training.compare --victim has it")
     if config.batch < team.size:
