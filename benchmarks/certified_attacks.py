@@ -27,6 +27,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.running import add_image_arguments, add_model_arguments, defended
 from defense.adaptive import Smoothed
 from defense.artifact import load_artifact
@@ -34,7 +35,6 @@ from defense.attacks import craft
 from defense.smoothing import ABSTAIN
 from services.hospital.model import load_victim
 from services.protocol import oip
-from training.command import cli
 from training.data.datasets import load_data
 from training.measure.results import align
 from training.measure.selection import chosen_images
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    splits = load_data(arguments)
+    splits = load_data(cli.data_config(arguments))
     _, chosen = chosen_images(splits, arguments.split, arguments.images, arguments.seed)
     artifact = load_artifact(arguments.artifact)
     model, _ = load_victim(arguments.victim)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
 
+from benchmarks import cli
 from benchmarks.gradients import Bench, Finding, learn_surrogate, rge, write
 from defense.estimators import (
     CoordinateGradientEstimator,
@@ -31,7 +32,6 @@ from defense.estimators import (
 )
 from defense.surrogates import Surrogate
 from services.device import resolve_device
-from training.command import cli
 from training.comparison.plots import COLOURS, MARKERS
 from training.data.datasets import load_data
 from training.fit.pretraining import SANITIZERS, load_pretrained
@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    splits = load_data(arguments)
+    splits = load_data(cli.data_config(arguments))
     parts = {
         name: load_pretrained(arguments.pretrained, name, splits, arguments.sigma).requires_grad_(True)
         for name in SANITIZERS

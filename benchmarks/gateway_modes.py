@@ -14,8 +14,8 @@ from statistics import median
 import httpx
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.running import add_model_arguments, defended
-from training.command import cli
 from training.measure.results import align
 
 

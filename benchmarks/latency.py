@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.running import add_model_arguments, defended
 from defense.artifact import load_artifact
 from services.protocol import oip
-from training.command import cli
 from training.measure.results import align
 
 _WARM_UP = 20

@@ -24,10 +24,10 @@ import aiohttp
 import numpy as np
 import psutil
 
+from benchmarks import cli
 from benchmarks.running import add_model_arguments, defended
 from defense.artifact import load_artifact
 from services.protocol import oip
-from training.command import cli
 from training.measure.results import align
 
 _CAPACITY_S: Final = 60.0

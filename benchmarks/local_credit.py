@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
 
+from benchmarks import cli
 from benchmarks.gradients import MU, Bench, Finding, rge, write
 from defense.estimators import LocalGradientEstimator
 from services.device import resolve_device
-from training.command import cli
 from training.command.errors import UserError
 from training.comparison.plots import COLOURS, MARKERS
 from training.data.datasets import load_data
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    splits = load_data(arguments)
+    splits = load_data(cli.data_config(arguments))
     if splits.task != "segmentation":
         raise UserError(f"{splits.name} has no masks: local credit is for segmenters")
     generator = torch.Generator().manual_seed(arguments.seed)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import cli
 from defense.artifact import load_artifact
 from defense.difference_table import PUBLISHED_MU
 from defense.estimators import sample_directions
@@ -31,7 +32,6 @@ from defense.victims import MeteredVictim, QueryLedger, Victim
 from defense.votes import VotingVictim
 from services.hospital.model import load_victim
 from services.protocol.images import decode_image, encode_png
-from training.command import cli
 from training.data.datasets import load_data
 
 _PROBE_IMAGES = 32
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(arguments: argparse.Namespace) -> int:
     model, config = load_victim(arguments.model)
     model.requires_grad_(False)
-    images = load_data(arguments).train.images
+    images = load_data(cli.data_config(arguments)).train.images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
     tested = images[order[: arguments.slopes]]
     probed = images[order[arguments.slopes :]]

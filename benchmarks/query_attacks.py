@@ -32,6 +32,7 @@ from torch.nn import functional
 from torchvision.transforms import functional as warp
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.running import add_image_arguments, add_model_arguments, defended
 from defense.preprocessors import jpeg
 from defense.query_attacks import Inquiry, hop_skip_jump, square
@@ -39,7 +40,6 @@ from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import History, digests, fingerprints
 from services.protocol import oip
-from training.command import cli
 from training.data.datasets import load_data
 from training.measure.results import align
 from training.measure.selection import chosen_images
@@ -126,7 +126,7 @@ def main() -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    splits = load_data(arguments)
+    splits = load_data(cli.data_config(arguments))
     _, everything = chosen_images(splits, arguments.split, None, arguments.seed)
     _, attacked = chosen_images(splits, arguments.split, arguments.images, arguments.seed)
     traffic = ordinary(everything.images, np.random.default_rng(arguments.seed))

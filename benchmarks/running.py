@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from training.command import cli
+from benchmarks import cli
 from training.command.subprocesses import service
 
 

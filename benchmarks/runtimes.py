@@ -15,11 +15,11 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from benchmarks import cli
 from defense.artifact import load_artifact
 from services.device import resolve_device
 from services.gateway.runtimes import KINDS, TOLERANCE, disagreement, load_runtime, open_runtime
 from services.protocol.errors import ServiceError
-from training.command import cli
 from training.measure.results import align
 
 

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks import cli
 from defense.artifact import load_artifact
-from training.command import cli
 from training.command.errors import UserError
 from training.command.subprocesses import service
 from training.measure.results import align

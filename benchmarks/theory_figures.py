@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import cli
 from defense.estimators import (
     Combination,
     CoordinateGradientEstimator,
@@ -29,7 +30,6 @@ from defense.estimators import (
     RandomGradientEstimator,
     Sampling,
 )
-from training.command import cli
 
 DIMENSION = 192  # the code of the paper
 DRAWS = 400

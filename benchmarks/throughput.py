@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 import httpx
 import psutil
 
+from benchmarks import cli
 from benchmarks.load import Generator
 from benchmarks.peers import PEERS
 from benchmarks.running import add_model_arguments
-from training.command import cli
 from training.command.errors import UserError
 from training.command.subprocesses import service
 from training.measure.results import align

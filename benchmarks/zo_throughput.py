@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from benchmarks import cli
 from defense.artifact import load_artifact
 from defense.estimators import RandomGradientEstimator
 from defense.victims import MeteredVictim, QueryLedger, Victim
 from services.hospital.model import load_victim
 from services.protocol.client import HTTPVictim
-from training.command import cli
 from training.command.subprocesses import service
 from training.fit.config import FitConfig
 from training.fit.trainer import Trainer

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import logging
 from pathlib import Path
@@ -8,9 +7,10 @@ import pytest
 import torch
 
 from services.protocol.images import encode_png
-from training.command.cli import add_data_arguments
+from services.settings import read
 from training.command.errors import UserError
-from training.data.datasets import ImageSet, load_data, load_splits
+from training.data.config import DataConfig
+from training.data.datasets import ImageSet, load_data, load_splits, settled
 from training.data.duplicates import duplicate_groups, thumbnails
 from training.data.lesions import small_lesions
 from training.data.phantoms import brain_phantoms
@@ -274,20 +274,15 @@ def test_phantoms_to_segment_are_polyps_with_masks(channels: int | None, planes:
     assert splits.fingerprint != load_splits("phantom", size=32).fingerprint
 
 
-def parsed(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def test_what_is_left_to_the_data_is_filled_in(plain: Path, lesions: Path) -> None:
     for folder, task, channels in ((plain, "classification", 1), (lesions, "segmentation", 3)):
-        arguments = parsed("--data", str(folder), "--size", "32")
-        splits = load_data(arguments)
-        assert (arguments.task, arguments.channels) == (splits.task, splits.train.images.shape[1]) == (task, channels)
-        assert load_data(parsed("--data", str(folder), "--size", "32", "--task", task)) is splits
-        typed = parsed("--data", str(folder), "--size", "32", "--channels", str(4 - channels))
-        assert load_data(typed).train.images.shape[1] == 4 - channels
+        config = DataConfig(data=str(folder), size=32)
+        splits = load_data(config)
+        assert settled(config).task == splits.task == task
+        assert settled(config).channels == splits.train.images.shape[1] == channels
+        assert load_data(config.model_copy(update={"task": task})) is splits
+        other = read(DataConfig, ["--data", str(folder), "--size", "32", "--channels", str(4 - channels)], prog="x")
+        assert load_data(other).train.images.shape[1] == 4 - channels
 
 
 @pytest.mark.realdata
