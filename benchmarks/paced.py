@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import load_victim
-from services.runtime import read_settings, serve
+from services.server import read_settings, serve
 
 
 class Paced(nn.Module):

@@ -3,7 +3,7 @@
     python -m benchmarks.runtimes --artifact artifacts/phantom/zo-ds
 
 All take the same images in turn, so that what else the machine does falls on all alike. "agrees" is what the gateway
-demands of a runtime: `services.gateway.runtimes.TOLERANCE`.
+demands of a runtime: `services.gateway.compilers.TOLERANCE`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import cli
 from defense.artifact import load_artifact
 from services.device import resolve_device
-from services.gateway.runtimes import KINDS, TOLERANCE, disagreement, load_runtime, open_runtime
+from services.gateway.compilers import KINDS, TOLERANCE, disagreement, load_runtime, open_runtime
 from services.protocol.errors import ServiceError
 from training.measure.results import align
 

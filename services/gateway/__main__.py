@@ -15,7 +15,7 @@ from defense.errors import DefenseError
 from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.gateway.repository import Repository
-from services.runtime import run_service
+from services.server import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:

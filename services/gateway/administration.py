@@ -12,8 +12,8 @@ from fastapi import APIRouter, Depends, Header, params
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from services.gateway.asking import errors
 from services.gateway.defense import Defense
+from services.gateway.requests import errors
 from services.gateway.versions import Versions
 from services.protocol.errors import Unauthorized, Unsupported
 

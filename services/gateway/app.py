@@ -17,8 +17,6 @@ from defense.smoothing import ABSTAIN
 from services.admission import Admission
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.administration import operators_only, repository_api
-from services.gateway.answers import OUTPUTS, Evidence, answer_quote, answer_verdict
-from services.gateway.asking import ANSWERS, Asked, Asking, ModeAsked, errors, require_room
 from services.gateway.config import GatewaySettings
 from services.gateway.defense import Defense
 from services.gateway.detection import Detector
@@ -26,16 +24,18 @@ from services.gateway.metrics import Metrics
 from services.gateway.modes import Plan
 from services.gateway.page import page_api
 from services.gateway.repository import Repository, Version
+from services.gateway.requests import ANSWERS, Asked, Asking, ModeAsked, errors, require_room
+from services.gateway.responses import OUTPUTS, Evidence, answer_quote, answer_verdict
 from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
 from services.keys import Client, KeySent
 from services.protocol import deadlines, oip
-from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
-from services.protocol.replies import answer
-from services.runtime import access_of
+from services.protocol.requests import REQUEST, Call, read_call
+from services.protocol.responses import answer
+from services.server import access_of
 
 VERSION = "1"
 """Of the server's interface; versions of the model are the artifact's."""

@@ -7,9 +7,9 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from defense.segmentation_smoothing import TAU
-from services.gateway.runtimes import RuntimeName
+from services.gateway.compilers import RuntimeName
 from services.protocol.client import WireName
-from services.runtime import ServiceSettings
+from services.server import ServiceSettings
 
 Detection = Literal["off", "report", "slow", "refuse"]
 """What is done about many near-identical images of one client: see `services.gateway.detection`."""

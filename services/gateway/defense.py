@@ -18,7 +18,7 @@ from services.gateway.pipeline import Pipeline
 from services.gateway.repository import Version
 from services.gateway.shadow import Shadow
 from services.gateway.voting import Voter
-from services.protocol.replies import Signature
+from services.protocol.responses import Signature
 
 
 class Defense:

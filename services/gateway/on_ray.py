@@ -24,7 +24,7 @@ from services.gateway.app import make_gateway
 from services.gateway.config import GatewaySettings
 from services.gateway.repository import Repository
 from services.protocol.errors import ServiceError
-from services.runtime import access_of, prepare, read_settings
+from services.server import access_of, prepare, read_settings
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -16,10 +16,10 @@ from services.admission import Admission
 from services.batching import Batcher
 from services.device import resolve_device
 from services.gateway.accounting import Account
+from services.gateway.compilers import Runtime, load_runtime
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
-from services.gateway.runtimes import Runtime, load_runtime
 from services.protocol.client import AsyncVictimClient
 from services.protocol.errors import (
     TRANSIENT,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from services.hospital.app import make_hospital
 from services.hospital.config import HospitalSettings
 from services.hospital.model import load_victim
-from services.runtime import run_service
+from services.server import run_service
 
 
 def main(argv: Sequence[str] | None = None) -> int:

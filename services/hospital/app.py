@@ -18,12 +18,12 @@ from services.hospital.config import HospitalSettings
 from services.hospital.model import VictimConfig
 from services.keys import KeySent
 from services.protocol import deadlines
-from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.http import make_app
 from services.protocol.openapi import error_responses
-from services.protocol.replies import RESPONSES, Signature, answer
-from services.runtime import access_of
+from services.protocol.requests import REQUEST, Call, read_call
+from services.protocol.responses import RESPONSES, Signature, answer
+from services.server import access_of
 
 _ERRORS: Final = {
     400: "what was sent is malformed, or does not fit the model",

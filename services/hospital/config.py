@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.runtime import ServiceSettings
+from services.server import ServiceSettings
 
 
 class HospitalSettings(ServiceSettings):

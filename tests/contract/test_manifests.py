@@ -15,7 +15,7 @@ from services.admission import Admission
 from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
-from services.runtime import read_settings
+from services.server import read_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 VERSIONS = ("1.30", kubernetes_validate.latest_version())

@@ -12,9 +12,9 @@ from zo_fit_runs import serving
 
 from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
-from services.protocol.calls import read_call
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.images import decode_image
+from services.protocol.requests import read_call
 from training import pretrain, zo_fit
 from training.data.datasets import ImageSet, Splits
 from training.fit.checkpoint import Journal

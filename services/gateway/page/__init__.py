@@ -18,17 +18,17 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from services.admission import Admission
 from services.gateway.accounting import Accounts
-from services.gateway.asking import errors, require_room
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import Metrics
+from services.gateway.requests import errors, require_room
 from services.gateway.versions import Versions
 from services.keys import Access, KeySent
 from services.protocol import deadlines
-from services.protocol.calls import REQUEST, Call, read_call
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, NotFound
 from services.protocol.images import encode_png
-from services.protocol.replies import Signature, answer
+from services.protocol.requests import REQUEST, Call, read_call
+from services.protocol.responses import Signature, answer
 
 COMPARE: Final = "compare"
 """What queries about raw images are for, on the client's account."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from services.protocol.images import encode_png
 from services.protocol.mapping import Answer, Sending
 from services.protocol.wires.base import Encoded, Told, described, own_description
-from services.protocol.wires.json_answers import read_told
+from services.protocol.wires.json_responses import read_told
 
 OWN_SENDING = Sending(form="file")
 """How an image is sent to a victim of this project."""

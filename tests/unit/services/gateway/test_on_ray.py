@@ -6,7 +6,7 @@ import pytest
 
 from services.gateway import on_ray
 from services.gateway.on_ray import RayGatewaySettings
-from services.runtime import read_settings
+from services.server import read_settings
 
 NEEDED = ["--artifact", "artifacts/defense", "--victim-url", "http://victim"]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 
-from services.protocol.calls import read_call
 from services.protocol.client import AsyncVictimClient, HTTPVictim
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, Overloaded, UpstreamInvalid
 from services.protocol.images import decode_image
 from services.protocol.mapping import Mapping
 from services.protocol.masks import encode_mask
+from services.protocol.requests import read_call
 from services.protocol.wires.image import encode_upload
 
 URL = "http://victim:8000"

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from fastapi.responses import JSONResponse, Response
 
 from services.protocol import oip
-from services.protocol.calls import MASK_TYPE, Call
 from services.protocol.masks import class_map, encode_mask
+from services.protocol.requests import MASK_TYPE, Call
 
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {

@@ -9,8 +9,8 @@ from gateway_fakes import Inverts
 from torch import Tensor, nn
 
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
-from services.gateway import runtimes
-from services.gateway.runtimes import TOLERANCE, Kind, Runtime, disagreement, load_runtime, open_runtime
+from services.gateway import compilers
+from services.gateway.compilers import TOLERANCE, Kind, Runtime, disagreement, load_runtime, open_runtime
 from services.protocol.errors import ServiceError
 
 SHAPE = (3, 32, 32)
@@ -59,17 +59,17 @@ def test_auto_takes_the_fastest_that_agrees(monkeypatch: pytest.MonkeyPatch) -> 
         opened.append(kind)
         return Runtime(kind, Inverts())
 
-    monkeypatch.setattr(runtimes, "is_installed", lambda kind: True)
-    monkeypatch.setattr(runtimes, "open_runtime", fake)
-    monkeypatch.setattr(runtimes, "disagreement", lambda runtime, *_: apart[runtime.kind])
-    monkeypatch.setattr(runtimes, "_cost", lambda runtime, _: costs[runtime.kind])
+    monkeypatch.setattr(compilers, "is_installed", lambda kind: True)
+    monkeypatch.setattr(compilers, "open_runtime", fake)
+    monkeypatch.setattr(compilers, "disagreement", lambda runtime, *_: apart[runtime.kind])
+    monkeypatch.setattr(compilers, "_cost", lambda runtime, _: costs[runtime.kind])
     assert load_runtime("auto", Inverts(), SHAPE, CPU).kind == "openvino"
     assert opened == ["torch", "openvino", "onnxruntime"]
     costs["openvino"] = 0.99  # hardly faster
     assert load_runtime("auto", Inverts(), SHAPE, CPU).kind == "torch"
     apart["onnxruntime"] = 0.0
     assert load_runtime("auto", Inverts(), SHAPE, CPU).kind == "onnxruntime"
-    monkeypatch.setattr(runtimes, "is_installed", lambda kind: kind == "torch")
+    monkeypatch.setattr(compilers, "is_installed", lambda kind: kind == "torch")
     assert load_runtime("auto", Inverts(), SHAPE, CPU).kind == "torch"
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_exported_rightly_runs_on_torch() -> None:
 
 
 def test_a_runtime_that_was_asked_for_and_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "disagreement", lambda *_: 2 / 255)
+    monkeypatch.setattr(compilers, "disagreement", lambda *_: 2 / 255)
     with pytest.raises(ServiceError, match=r"--runtime openvino differs from torch by 2\.00/255, more than 0\.5/255"):
         load_runtime("openvino", sanitizer(), SHAPE, CPU)
 
@@ -95,7 +95,7 @@ def test_those_that_are_not_tried_unasked_answer_nearly_the_same(kind: Kind, lea
 
 
 def test_one_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr(compilers, "find_spec", lambda name: None)
     with pytest.raises(ServiceError, match=r"--runtime openvino needs openvino: pip install 'zo-gateway\[runtimes\]'"):
         load_runtime("openvino", sanitizer(), SHAPE, CPU)
 
@@ -108,7 +108,7 @@ def test_one_that_does_not_run_on_the_device_says_so() -> None:
 def test_nothing_is_reported_to_the_makers_of_a_runtime() -> None:
     code = (
         "import sys, torch\n"
-        "from services.gateway.runtimes import load_runtime\n"
+        "from services.gateway.compilers import load_runtime\n"
         "load_runtime('openvino', torch.nn.Sigmoid(), (1, 8, 8), torch.device('cpu'))\n"
         "assert 'openvino' in sys.modules\n"
         "assert not any(name.startswith('openvino_telemetry.') for name in sys.modules), 'telemetry'\n"

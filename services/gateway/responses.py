@@ -24,9 +24,9 @@ from services.gateway.config import Mode
 from services.gateway.modes import Plan
 from services.gateway.verdicts import Verdict
 from services.protocol import oip
-from services.protocol.calls import Call
 from services.protocol.masks import encode_mask, nearest
-from services.protocol.replies import Signature, mask_answer, tensor_answer
+from services.protocol.requests import Call
+from services.protocol.responses import Signature, mask_answer, tensor_answer
 from services.upstream import Array
 
 EVIDENCE_HEADER: Final = "X-Evidence"

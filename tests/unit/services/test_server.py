@@ -3,14 +3,14 @@ from collections.abc import Callable, Sequence
 import pytest
 from fastapi import FastAPI
 
-from services import runtime
+from services import server
 from services.device import resolve_device
 from services.gateway.__main__ import main as gateway
 from services.gateway.config import GatewaySettings
 from services.hospital.__main__ import main as hospital
 from services.hospital.config import HospitalSettings
 from services.protocol.errors import ServiceError
-from services.runtime import ServiceSettings, read_settings, run_service
+from services.server import ServiceSettings, read_settings, run_service
 
 Main = Callable[[Sequence[str]], int]
 
@@ -94,7 +94,7 @@ def test_a_missing_model_ends_with_one_clear_line(
 
 def test_a_service_is_built_from_its_settings_and_served_under_its_title(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[str, ServiceSettings]] = []
-    monkeypatch.setattr(runtime, "serve", lambda app, name, settings: served.append((name, settings)))
+    monkeypatch.setattr(server, "serve", lambda app, name, settings: served.append((name, settings)))
     arguments = ["--model", "here", "--port", "5678"]
     assert run_service(HospitalSettings, lambda settings: FastAPI(title=str(settings.model)), arguments) == 0
     assert served == [("here", read_settings(HospitalSettings, arguments))]

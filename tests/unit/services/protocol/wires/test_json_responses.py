@@ -10,7 +10,7 @@ from services.protocol.mapping import Answer
 from services.protocol.masks import encode_mask
 from services.protocol.wires.base import Told
 from services.protocol.wires.image import OWN_ANSWER
-from services.protocol.wires.json_answers import read_told
+from services.protocol.wires.json_responses import read_told
 
 
 def masked(classes: np.ndarray, count: int = 2) -> str:

@@ -13,11 +13,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from PIL import Image
 
-from services.protocol.calls import Call, read_call
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, Unsupported
 from services.protocol.masks import class_map, decode_mask
-from services.protocol.replies import Signature, answer
+from services.protocol.requests import Call, read_call
+from services.protocol.responses import Signature, answer
 
 pytestmark = pytest.mark.anyio
 

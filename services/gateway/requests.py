@@ -6,13 +6,13 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Query, Request
 
 from services.admission import Admission
-from services.gateway.answers import EVIDENCE_HEADER
 from services.gateway.config import Mode
+from services.gateway.responses import EVIDENCE_HEADER
 from services.keys import KeySent
-from services.protocol.calls import discard_body
 from services.protocol.errors import Overloaded
 from services.protocol.openapi import error_responses
-from services.protocol.replies import RESPONSES
+from services.protocol.requests import discard_body
+from services.protocol.responses import RESPONSES
 
 _WORDS: Final = {
     400: "what was sent is malformed, does not fit the model, or asks for a mode or an n that is not offered",
