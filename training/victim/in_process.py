@@ -41,11 +41,11 @@ class InProcessVictim:
     def __init__(self, model: nn.Module, labels: tuple[str, ...], device: torch.device) -> None:
         self.model = model.requires_grad_(False).to(device)
         self._labels = list(labels)
-        self._device = device
+        self.device = device
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 probabilities, as `services.hospital.app` computes them."""
-        parts = images.to(self._device, torch.float32).split(CHUNK)
+        parts = images.to(self.device, torch.float32).split(CHUNK)
         scores = [self.model(part.clamp(0, 1)).float().softmax(dim=1) for part in parts]
         return torch.cat(scores).to(images.device)
 

@@ -11,6 +11,7 @@ from toy_defense import SIDE, Brighter, publish, splits
 
 from training import grid
 from training.data.datasets import ImageSet, Splits
+from training.reporting import grid as pictures
 from training.victim.in_process import InProcessVictim
 
 
@@ -30,7 +31,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, artifact: Path, data: Splits, whole: b
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_row_an_image_and_a_column_a_stage(monkeypatch, artifact, whole):
     shown = []
-    monkeypatch.setattr(grid, "_show", lambda axes, image, faded=False: shown.append(image.shape))
+    monkeypatch.setattr(pictures, "_show", lambda axes, image, faded=False: shown.append(image.shape))
     assert draw(monkeypatch, artifact, splits(whole), whole) == 0
     picture = Image.open(io.BytesIO((artifact.parent / "pictures" / "grid.png").read_bytes()))
     assert picture.format == "PNG"
