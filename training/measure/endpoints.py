@@ -1,18 +1,13 @@
 """What is measured: clients of a service, what stands before it in this process, and what it says it is."""
 
-import argparse
-import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from services.protocol.client import Endpoint, HTTPVictim
-from training.command.cli import add_data_arguments, positive_int
 from training.command.errors import UserError
 
 PATIENCE_S = 60.0
@@ -94,28 +89,3 @@ def identify(endpoint: Endpoint, url: str, image: Tensor, labels: Sequence[str])
             return Identity(artifact, queries)
         case unknown:
             raise UserError(f"{url} describes its artifact in an unknown form: {unknown}")
-
-
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data and its kin, --split, --limit and --results."""
-    add_data_arguments(parser)
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to use (default test)")
-    parser.add_argument(
-        "--limit", type=positive_int, help="use at most LIMIT images, stratified by class or lesion size (default all)"
-    )
-    parser.add_argument("--results", type=Path, default=Path("artifacts/results.json"), help="rows are added here")
-
-
-def defense_name(text: str) -> str:
-    """Parses the name of a defense, which also names files (an argparse type)."""
-    if not re.fullmatch(r"[\w+-][\w.+-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: use letters, digits and . _ + -")
-    return text
-
-
-def number_list(text: str) -> list[float]:
-    """Parses comma-separated finite numbers of at least 0 (an argparse type)."""
-    values = [float(part) for part in text.split(",")]
-    if not all(math.isfinite(value) and value >= 0 for value in values):
-        raise argparse.ArgumentTypeError(f"expected finite numbers of at least 0, got {text!r}")
-    return list(dict.fromkeys(values))

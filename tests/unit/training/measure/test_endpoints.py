@@ -1,11 +1,9 @@
-import argparse
-
 import pytest
 import torch
 from torch import Tensor
 
 from training.command.errors import UserError
-from training.measure.endpoints import Defended, Identity, defense_name, identify, number_list
+from training.measure.endpoints import Defended, Identity, identify
 
 IMAGE = torch.zeros(1, 4, 4)
 
@@ -45,22 +43,6 @@ def test_gateway_tells_its_artifact_and_what_it_cost() -> None:
 def test_endpoint_that_does_not_fit_is_a_user_error(endpoint: Answering, message: str) -> None:
     with pytest.raises(UserError, match=message):
         identify(endpoint, "http://x", IMAGE, ("a", "b"))
-
-
-@pytest.mark.parametrize("text", ["", "a/b", "../x", "a b", ".hidden"])
-def test_defense_names_are_safe_file_names(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        defense_name(text)
-
-
-def test_number_list_drops_repetitions() -> None:
-    assert number_list("0,0.5,2,0.5") == [0.0, 0.5, 2.0]
-
-
-@pytest.mark.parametrize("text", ["", "1,,2", "-1", "nan", "inf", "x"])
-def test_number_list_refuses_what_is_no_size(text: str) -> None:
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        number_list(text)
 
 
 def test_an_endpoint_behind_a_front_sees_what_the_front_makes() -> None:
