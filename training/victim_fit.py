@@ -27,7 +27,7 @@ from services.device import resolve_device
 from services.hospital.model import VictimConfig, build_victim
 from services.hospital.networks import Depth
 from training.command.config import DeviceConfig
-from training.command.provenance import settings_of, versions
+from training.command.provenance import versions
 from training.command.verb import run
 from training.data.config import DataConfig
 from training.data.datasets import load_data, settled
@@ -97,7 +97,7 @@ def _fit(config: VictimFitConfig) -> int:
             "fingerprint": splits.fingerprint,
             "config": victim.model_dump(mode="json"),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "settings": settings_of(config),
+            "settings": config.model_dump(mode="json"),
             "best_epoch": best_epoch,
             "images": {title: len(part) for title, part in parts.items()},
             **{title: score.report() for title, score in scores.items()},

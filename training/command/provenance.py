@@ -1,28 +1,7 @@
-"""What every verb writes beside its result, so that it can be made again: settings and versions."""
+"""What every verb writes beside its result and its configuration, so that it can be made again: versions."""
 
-import argparse
 import platform
 from importlib.metadata import version
-from pathlib import Path
-
-from pydantic import BaseModel, JsonValue
-
-
-def settings_of(arguments: BaseModel | argparse.Namespace) -> dict[str, JsonValue]:
-    """The command's configuration as JSON values; paths as they were typed."""
-    if isinstance(arguments, BaseModel):
-        return arguments.model_dump(mode="json")
-
-    def plain(value: object) -> JsonValue:
-        if isinstance(value, str | int | float | bool) or value is None:
-            return value
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(f"an argument of type {type(value).__name__} cannot be recorded")
-
-    return {name: plain(value) for name, value in vars(arguments).items()}
 
 
 def versions(*more: str) -> dict[str, str]:

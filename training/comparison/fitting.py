@@ -8,7 +8,6 @@ from pathlib import Path
 from defense.artifact import MANIFEST_FILE, load_artifact
 from services.protocol.client import Endpoint
 from training.command.errors import UserError
-from training.command.provenance import settings_of
 from training.command.verb import KNOWN_ERRORS
 from training.comparison.config import CompareConfig
 from training.comparison.runs import Run
@@ -62,7 +61,7 @@ def learn(run: Run, config: CompareConfig, splits: Splits, victim: Endpoint) -> 
 
 def _refuse_other_settings(folder: Path, wanted: RunConfig, fingerprint: str) -> None:
     made = load_artifact(folder).manifest.provenance
-    settings = settings_of(wanted)
+    settings = wanted.model_dump(mode="json")
     names = ({*settings} - _ASIDE) | ({"max_queries"} if wanted.steps is None else set())
     # An artifact that is older than a setting was made with what is the setting's default now.
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}

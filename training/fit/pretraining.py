@@ -20,7 +20,7 @@ from defense.errors import ArtifactError
 from defense.objectives import denoising_loss
 from defense.sanitizer import ImageShape, Sanitizer, SanitizerConfig
 from training.command.errors import UserError
-from training.command.provenance import settings_of, versions
+from training.command.provenance import versions
 from training.data.datasets import Splits
 from training.fit.config import PretrainConfig, PretrainedName
 from training.fit.noise import with_noise
@@ -85,7 +85,7 @@ def pretrain(config: PretrainConfig, splits: Splits, out: Path, device: torch.de
                 estimator=None,
                 data=splits.name,
                 data_fingerprint=splits.fingerprint,
-                settings=settings_of(config),
+                settings=config.model_dump(mode="json"),
                 versions=versions(),
                 validation=psnr,
             ),

@@ -19,7 +19,7 @@ from defense.sanitizer import Sanitizer, SanitizerConfig
 from defense.victims import QueryLedger
 from services.protocol.client import Endpoint, HTTPVictim
 from training.command.errors import UserError
-from training.command.provenance import settings_of, versions
+from training.command.provenance import versions
 from training.command.team import ALONE, Team, shared
 from training.data.datasets import Splits
 from training.fit.builders import build_estimator, build_student, metered, recorded
@@ -104,7 +104,7 @@ def fit(
     if config.batch < team.size:
         raise UserError(f"--batch {config.batch} is too small for {team.size} processes: raise it")
     endpoint = victim if isinstance(victim, Endpoint) else FunctionVictim(victim)
-    settings = {**settings_of(config), "data_fingerprint": splits.fingerprint}
+    settings = {**config.model_dump(mode="json"), "data_fingerprint": splits.fingerprint}
     with ExitStack() as stack:
         journal = Journal(out) if team.is_first else None
         if journal is not None:
