@@ -1,8 +1,7 @@
 """The sanitizer on disk: `model-<hash>.safetensors` and `manifest.json`, whole or absent, checked when read.
 
 The weights' file is named by its content and the manifest is renamed into place last, so that one rename switches from
-an old artifact to a new one. Nothing that is loaded here can execute code: weights are raw tensors, the manifest is
-validated JSON.
+an old artifact to a new one. Weights are raw tensors and the manifest is validated JSON: nothing can execute code.
 """
 
 import hashlib
@@ -33,12 +32,11 @@ class Provenance(BaseModel):
     """How a sanitizer came to be.
 
     Attributes:
-        method: What trained it: "mse" (no queries), "zo-ds" or "zo-ae-ds" (queries, without or with an autoencoder,
-            by whichever estimator), or, with an open model, "fo-ds" or "fo-ae-ds".
-        estimator: The estimator, a surrogate's gradient included, and its settings; None where no gradient was
-            estimated.
+        method: "mse" (no queries), "zo-ds" or "zo-ae-ds" (queries, without or with an autoencoder, by whichever
+            estimator), or, with an open model, "fo-ds" or "fo-ae-ds".
+        estimator: The estimator and its settings; None where no gradient was estimated.
         data: Name of the data set.
-        data_fingerprint: SHA-256 of the images it was trained on.
+        data_fingerprint: SHA-256 of the images and their splits.
         settings: The command's settings.
         versions: Versions of the libraries that made it.
         validation: The figures by which this state was chosen.
@@ -56,19 +54,13 @@ class Provenance(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What stands in `manifest.json`.
+    """The content of `manifest.json`.
 
     Attributes:
         id: First 16 hexadecimal digits of the SHA-256 over all else in the manifest, the weights' hash included.
-        name: Its name for people.
-        task: What the victim does.
         labels: The victim's classes in the order of its scores; empty where the victim was never asked.
-        architecture: Enough to build the module.
-        sigma: Standard deviation of the noise it was trained for, in units of the [0, 1] range.
+        sigma: Standard deviation of the noise it was trained for, in units of [0,1].
         queries: Victim queries spent, in images, by purpose.
-        provenance: How it came to be.
-        weights_sha256: Of the weights file.
-        format: The version of this layout.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,19 +110,9 @@ def save_artifact(
     queries: dict[str, int],
     provenance: Provenance,
 ) -> Manifest:
-    """Writes an artifact, replacing an older one at the same place only when the new one is complete.
+    """Writes an artifact, replacing an older one in the folder only when the new one is complete; see `Manifest`.
 
-    Args:
-        path: The artifact's folder; other files in it are kept.
-        sanitizer: The module, in whatever mode and on whatever device.
-        name: Its name for people.
-        labels: The victim's classes in the order of its scores.
-        sigma: Standard deviation of the noise it was trained for.
-        queries: Victim queries spent, by purpose.
-        provenance: How it came to be.
-
-    Returns:
-        The manifest that was written.
+    Other files in the folder are kept.
     """
     folder = Path(path)
     weights = save_tensors({key: value.detach().cpu().contiguous() for key, value in sanitizer.state_dict().items()})
@@ -155,10 +137,7 @@ def save_artifact(
 
 
 def load_artifact(path: str | Path) -> Artifact:
-    """Reads an artifact and checks all of it: layout, hashes, architecture, every tensor's shape and values.
-
-    Args:
-        path: The artifact's folder.
+    """Reads the artifact in a folder and checks all of it: layout, hashes, architecture, every tensor.
 
     Returns:
         The sanitizer in evaluation mode on the CPU, and its manifest.

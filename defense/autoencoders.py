@@ -14,12 +14,7 @@ _CELL = 2 * FOLD
 
 
 class Autoencoder(nn.Module):
-    """What all autoencoders share: an encoder, a decoder, and the shape of the code between them.
-
-    Attributes:
-        shape: (C, H, W) of the images.
-        code_shape: The shape of one image's code.
-    """
+    """Base of all autoencoders: an encoder, a decoder, and a code of `code_shape` between them."""
 
     def __init__(self, shape: tuple[int, int, int], code_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -51,9 +46,9 @@ class Autoencoder(nn.Module):
 class LinearAutoencoder(Autoencoder):
     """Principal components as a code, refined at the decoder by a small folded U-Net.
 
-    The best linear autoencoder is known in closed form, which makes this one good after seconds, where the images are
-    aligned. The encoder starts at the components, whitened, so that every number of the code has variance one and one
-    step mu means the same along each.
+    The best linear autoencoder is known in closed form, which makes this one good after seconds where images are
+    aligned. The encoder starts at the whitened components, so that one step mu means the same along every number of the
+    code.
 
     Args:
         shape: (C, H, W).
@@ -144,10 +139,10 @@ class ConvAutoencoder(Autoencoder):
 
 
 def build_autoencoder(name: AutoencoderName, shape: tuple[int, int, int], code: int) -> Autoencoder:
-    """Makes an autoencoder by name.
+    """Makes an autoencoder by name; "linear" for aligned images, "conv" with a spatial code, for all.
 
     Args:
-        name: "linear": principal components and a small refinement, for aligned images. "conv": with a spatial code.
+        name: Which.
         shape: (C, H, W) of the images.
         code: d, the numbers in the code ("conv" rounds up to whole channels).
 

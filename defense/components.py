@@ -28,14 +28,9 @@ class PrincipalComponents(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, generator: torch.Generator) -> None:
-        """Sets mean, basis and variances from images.
+        """Sets mean, basis and variances from (N, C, H, W) images, N above the number of components.
 
-        Randomised range finding with power iterations (Halko, Martinsson & Tropp 2011, algorithm 4.4); minutes become
-        seconds against a full decomposition, and the leading subspace is the same to within sampling error.
-
-        Args:
-            images: (N, C, H, W), N above the number of components.
-            generator: On the CPU.
+        Randomised range finding with power iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4).
 
         Raises:
             ValueError: Too few images.

@@ -39,12 +39,7 @@ class DnCNN(nn.Module):
 
 
 class UNetDenoiser(nn.Module):
-    """A cheap convolutional denoiser: a folded U-Net predicts the noise.
-
-    Args:
-        channels: C.
-        width: Features at the first scale.
-    """
+    """A folded U-Net that predicts the noise of images of `channels` channels."""
 
     def __init__(self, channels: int, width: int = 24) -> None:
         super().__init__()
@@ -59,10 +54,9 @@ class UNetDenoiser(nn.Module):
 class WienerUNetDenoiser(nn.Module):
     """An empirical Wiener filter on principal components, and a folded U-Net for what it leaves.
 
-    Medical images of one kind are aligned, so that a few hundred principal components hold most of their energy. On
-    those the best linear denoiser is known in closed form, y = mean + sum_k v_k / (v_k + s^2) c_k b_k, with v_k the
-    variance along component b_k; s^2, the noise in this image, is read off what lies outside the components. The U-Net
-    sees the filtered image and the residual. Both come from unlabelled images alone.
+    Medical images of one kind are aligned: a few hundred principal components b_k hold most of their energy. On those
+    the best linear denoiser is y = mean + sum_k v_k / (v_k + s^2) c_k b_k, v_k the variance along b_k; the image's
+    noise s^2 is read off what lies outside the components. The U-Net sees the filtered image and the residual.
 
     Args:
         shape: (C, H, W).
@@ -95,9 +89,8 @@ def build_denoiser(name: DenoiserName, shape: tuple[int, int, int], components: 
     """Makes a denoiser by name.
 
     Args:
-        name: "wiener-unet": the best for its cost on aligned images, and the default of the tools. "unet": its
-            convolutional part alone, for images that are not aligned. "dncnn": the published one, depth 17, width 64,
-            for a GPU. "dncnn-small": depth 7, width 32.
+        name: "wiener-unet": the best for its cost on aligned images. "unet": for images that are not aligned. "dncnn":
+            the published one, for a GPU. "dncnn-small": depth 7, width 32.
         shape: (C, H, W) of the images.
         components: Principal components of the Wiener filter; ignored by the others.
     """

@@ -1,15 +1,10 @@
 """A table of differences of a noisy function: how large its noise is, and with which step its slopes can be measured.
 
-After Hamming (1973, section 6) and Moré and Wild (2011, "Estimating computational noise", SIAM J. Sci. Comput. 33; the
-method of their ECnoise), along random directions u at points z. For each of several spacings mu, from l(z - mu u),
-l(z), l(z + mu u) and l(z + 2 mu u): differences of the first order show the slope, of the second the curvature around
-z, of the third mostly noise.
-
-Rounded scores and 8-bit images are noise too, but no repetition shows it: a tiny step changes nothing, a longer one
-jumps. So every spacing is judged by its own differences; see `Spacing.error`. The table is centred on z on purpose:
-where the loss has a minimum near z it rises on both sides, and differences to one side only would look like a slope.
-
-Formula numbers are those of docs/theory.md.
+After Moré and Wild (2011, "Estimating computational noise", SIAM J. Sci. Comput. 33; ECnoise), along random directions
+u at points z: from l(z - mu u), l(z), l(z + mu u) and l(z + 2 mu u), differences of the first order show the slope, of
+the second the curvature, of the third mostly noise. Every spacing mu is judged by its own differences, since no
+repetition shows the noise of rounded scores and 8-bit images. The table is centred on z: beside a minimum, differences
+to one side only would look like a slope. Formula numbers are those of docs/theory.md.
 """
 
 import math
@@ -60,9 +55,8 @@ class Spacing:
     def error(self, difference: Difference) -> float:
         """Predicted error of a slope that is measured with this step, relative to the slope; infinite where it is 0.
 
-        Forward, |second| / (sqrt(2) |first|): right for the kinks of a ReLU network, whose places within the interval
-        are random; 1.4 times too large for smooth curvature; 1.2, against a true infinity, where all is noise; 1 for a
-        lone jump of a staircase. Central, the smaller of what second and third difference show.
+        Forward, |second| / (sqrt(2) |first|): right for the kinks of a ReLU network, 1.4 times too large for smooth
+        curvature; where all is noise it is 1.2. Central, the smaller of what second and third difference show.
         """
         if self.first == 0.0:
             return math.inf
@@ -82,7 +76,7 @@ class Spacing:
 
 
 def best_step(table: Sequence[Spacing], noise: float, difference: Difference) -> float | None:
-    """The step of formula 5, as far as the table bears it out.
+    """The step of formula 5, within a factor of sqrt(2) of a spacing that is about as clear as the clearest one.
 
     Args:
         table: In rising order of mu.
@@ -90,8 +84,7 @@ def best_step(table: Sequence[Spacing], noise: float, difference: Difference) ->
         difference: How slopes are taken.
 
     Returns:
-        The step that the derivatives at the clearest spacing ask for, but within a factor of sqrt(2) of a spacing that
-        is about as clear; None where no spacing is resolved.
+        None where no spacing is resolved.
     """
     resolved = resolved_spacings(table, difference)
     if not resolved:
@@ -105,18 +98,10 @@ def best_step(table: Sequence[Spacing], noise: float, difference: Difference) ->
 
 
 def optimal_step(noise: float, spacing: Spacing, difference: Difference) -> float:
-    """The step of least mean squared error (docs/theory.md, formula 5), from derivatives along the directions.
+    """The step of least mean squared error (formula 5); infinity where no curvature is left.
 
-    Forward, error 2 s^2 / mu^2 + mu^2 h^2 / 4: (8 s^2 / h^2)^(1/4), h the root mean square second derivative. Central,
-    s^2 / (2 mu^2) + mu^4 rho^2 / 36: (3 s / rho)^(1/3), rho that of the third.
-
-    Args:
-        noise: s.
-        spacing: Where the derivatives are taken from; what of its differences is noise is subtracted.
-        difference: Which of the two.
-
-    Returns:
-        Infinity where no curvature is left.
+    Forward, (8 s^2 / h^2)^(1/4); central, (3 s / rho)^(1/3): h and rho are the root mean square second and third
+    derivatives at `spacing`, noise of deviation s subtracted.
     """
     if difference == "forward":
         h = math.sqrt(max(spacing.second**2 - 6 * noise**2, 0.0)) / spacing.mu**2
@@ -150,8 +135,7 @@ def _rms(values: Tensor) -> float:
 def table_noise(table: Sequence[Spacing]) -> float:
     """The noise that the third differences show: where the smallest spacings agree on it, the largest that does.
 
-    Beyond those, curvature and kinks are in it. Where not even the smallest spacing is dominated by noise, an upper
-    bound of it.
+    Where not even the smallest spacing is dominated by noise, an upper bound of it.
     """
     if not table:
         return 0.0
@@ -166,10 +150,9 @@ def table_noise(table: Sequence[Spacing]) -> float:
 
 
 def resolved_spacings(table: Sequence[Spacing], difference: Difference) -> list[Spacing]:
-    """The spacings at which slopes are clear, and not by chance: a neighbour has to bear them out.
+    """The spacings at which slopes are clear, and a neighbour bears them out.
 
-    Where hardly more than one loss moves, because the victim is sure of all other images, one lucky row of noise would
-    be enough, and more is asked of both.
+    Where hardly more than one loss moves, one lucky row of noise would be enough: more is asked of both.
     """
     errors = [one.error(difference) for one in table]
     found = []

@@ -29,9 +29,8 @@ class ResidualBlock(nn.Module):
 class FoldedUNet(nn.Module):
     """A two-scale U-Net on pixel-unshuffled images, as FFDNet works on (Zhang et al. 2018).
 
-    Folding divides the cost of every convolution by FOLD squared and multiplies its reach by FOLD; the second scale
-    doubles the reach again. No batch norm, so that training and serving compute the same. Its last layer starts at
-    zero: before training the network answers zeros, which is the identity for what it is added to.
+    Folding divides the cost of every convolution by FOLD squared and multiplies its reach by FOLD. No batch norm, so
+    that training and serving compute the same. Before training it answers zeros: the identity for what it is added to.
 
     Args:
         inputs: Channels in.

@@ -40,8 +40,8 @@ class ProbeReport:
     Attributes:
         num_classes: K.
         kind: Whether the scores are probabilities or logits.
-        rounding: The decimal unit to which probabilities are rounded; None where they are not. 1 means that every
-            answer was a label: one class has all of the probability.
+        rounding: The decimal unit to which probabilities are rounded; None where they are not; 1: every answer was a
+            label.
         noise: Standard deviation s of the stability loss, in nats.
         difference: How slopes are taken.
         spacings: The difference table, in rising order of mu; empty where none was asked for.
@@ -98,9 +98,7 @@ class ProbeReport:
         return f"{found}: NOT resolved, {error}, from mu = {self.spacings[0].mu:.3g} to {self.spacings[-1].mu:.3g}"
 
     def require_step(self) -> None:
-        """Refuses a victim on which finite differences estimate nothing.
-
-        A step that was given is taken all the same, unless the victim answers labels only.
+        """Refuses a victim on which finite differences estimate nothing, unless a step was given for its scores.
 
         Raises:
             DefenseError: With what was measured, and what to do.
@@ -138,9 +136,8 @@ def probe(
     """Asks the victim about a small batch, to learn what it answers, how exactly, and which step that allows.
 
     Spends `probe_queries(N, needs_differences)` images with the purpose "probe": the clean images and the points; then,
-    of the quarter with the largest loss, the points once more, and again in reverse order and cut in two (another place
-    in another batch must not change an answer), and the difference table along two directions each. Where the loss is
-    small the victim is sure, and hardly moves: those images decide neither the noise nor the slopes of a batch.
+    of the quarter with the largest loss (a sure victim hardly moves), the points once more, again in another order and
+    grouping, and the difference table along two directions each.
 
     Fixes on `victim` the number of classes, whether there are pixels behind it, the kind of scores and their rounding,
     so that every later answer is checked and read accordingly.
@@ -152,8 +149,8 @@ def probe(
         decode: Points to (N, C, H, W) images in [0, 1].
         generator: Of the directions, on the CPU.
         difference: How the estimator takes slopes.
-        mu: The step, if it is given; it is then one of the spacings. None: formula 5 chooses it.
-        needs_differences: False skips the table; `mu` is then kept.
+        mu: The step, if it is given. None: formula 5 chooses it.
+        needs_differences: False skips the table.
 
     Raises:
         BudgetExhausted: The budget does not hold the probe; nothing was sent.

@@ -1,8 +1,7 @@
 """What the sanitizer is trained for: the victim's answers stay what they were on the clean image.
 
 Stability and denoising losses of denoised smoothing (Salman et al. 2020, section 3) and ZO-AE-DS (Zhang et al. 2022,
-equation 3); per image, so that an estimator can difference them. Scores have their K classes at axis 1: (N, K) of a
-classifier, (N, K, H, W) of a segmenter.
+equation 3), per image. Scores have their K classes at axis 1: (N, K) of a classifier, (N, K, H, W) of a segmenter.
 """
 
 import math
@@ -20,8 +19,8 @@ _SMOOTH = 1.0  # pixels added to both sides of the soft Dice, which so is define
 def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
     """How far the victim's scores are from its own answers on the clean images.
 
-    Of classes the cross-entropy. Of masks the mean cross-entropy of the pixels plus the soft Dice loss, as segmenters
-    are trained themselves (Isensee et al. 2021): the first alone would count a lost small lesion as next to nothing.
+    Of classes the cross-entropy; of masks the mean cross-entropy of the pixels plus the soft Dice loss (Isensee et al.
+    2021): the first alone would count a lost small lesion as next to nothing.
 
     Args:
         scores: (N, K) or (N, K, H, W) probabilities or logits.
@@ -29,8 +28,7 @@ def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
         kind: What the scores are.
 
     Returns:
-        (N,) losses, in nats but for the Dice loss, which lies in [0, 1]; finite also where a probability underflowed
-        to zero.
+        (N,) losses, finite; in nats but for the Dice loss, which lies in [0, 1].
     """
     entropy = _cross_entropy(scores, targets, kind)
     if entropy.ndim == 1:
@@ -39,16 +37,15 @@ def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
 
 
 def located_loss(scores: Tensor, targets: Tensor, kind: ScoreKind, around: Tensor) -> Tensor:
-    """The stability loss of masks as a sum over pixels, to first order in the probabilities.
+    """The stability loss of masks as a sum over pixels, the soft Dice linearised in the probabilities.
 
-    The cross-entropy is such a sum; the soft Dice is made one by its derivative at each pixel. At the scores around
-    which that is taken, value and gradient of the sum are those of `stability_loss`.
+    At the scores `around`, value and gradient of the sum are those of `stability_loss`.
 
     Args:
         scores: (N, K, H, W) probabilities or logits.
         targets: (N, H, W) int64 class indices.
         kind: What the scores are.
-        around: (N, K, H, W), of the same kind: where the Dice loss is linearised.
+        around: (N, K, H, W), of the same kind.
 
     Returns:
         (N, H, W) losses.
@@ -63,10 +60,7 @@ def located_loss(scores: Tensor, targets: Tensor, kind: ScoreKind, around: Tenso
 
 
 def agreement(answers: Tensor, targets: Tensor) -> Tensor:
-    """(N,) how far answers agree with targets: 1 or 0 for classes (N,), for masks (N, H, W) the Dice of what is not 0.
-
-    The Dice of two masks counts pixels of the same class; it is 1 where both are empty.
-    """
+    """(N,) agreement of answers with targets: 1 or 0 of classes (N,), the Dice of what is not 0 of masks (N, H, W)."""
     same = answers == targets
     if same.ndim == 1:
         return same.float()
@@ -76,13 +70,9 @@ def agreement(answers: Tensor, targets: Tensor) -> Tensor:
 
 
 def log_probabilities(scores: Tensor, kind: ScoreKind, floor: float = 0.0) -> Tensor:
-    """Log-probabilities of (N, K, *positions) scores, in nats.
+    """Log-probabilities of (N, K, *positions) scores, in nats, finite.
 
-    Args:
-        scores: (N, K, *positions) probabilities or logits.
-        kind: What the scores are.
-        floor: The least probability to answer, before the others are scaled to sum to one again; 0: none, but an
-            underflow counts as the smallest normal number, so that all stays finite.
+    With a floor, the least probability to answer: the others are scaled so that they sum to one again.
     """
     logs = F.log_softmax(scores, dim=1) if kind == "logits" else scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
     return F.log_softmax(logs.clamp_min(math.log(floor)), dim=1) if floor else logs
@@ -115,13 +105,9 @@ def denoising_loss(sanitized: Tensor, clean: Tensor) -> Tensor:
 
 
 def inject_gradient(points: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to `points` is the given one, averaged over the batch.
+    """A scalar whose gradient with respect to the points (N, ...) is the given one, averaged over the batch.
 
-    Back-propagating it carries an estimated gradient at the border of the black box into what lies before it
-    (ZO-AE-DS, equation 7).
-
-    Args:
-        points: (N, ...) with a graph behind it.
-        gradient: (N, ...) estimate of the gradient of each image's loss at its point.
+    Back-propagating it carries an estimated gradient at the border of the black box into what lies before it (ZO-AE-DS,
+    equation 7).
     """
     return (points * gradient.detach()).flatten(1).sum(1).mean()

@@ -51,13 +51,8 @@ class SanitizerConfig(BaseModel):
 class Sanitizer(nn.Module):
     """A denoiser, then optionally an autoencoder, cut in two where the black box begins.
 
-    `encode` is what is trained by exact back-propagation; `decode`, the clamp included, counts as part of the black
-    box (ZO-AE-DS). Without an autoencoder the black box begins at the denoised image (ZO-DS).
-
-    Attributes:
-        config: What it was built from.
-        denoiser: The first part.
-        autoencoder: The second part, or None.
+    `encode` is trained by exact back-propagation; `decode`, the clamp included, counts as part of the black box
+    (ZO-AE-DS). Without an autoencoder the black box begins at the denoised image (ZO-DS).
     """
 
     def __init__(self, config: SanitizerConfig) -> None:

@@ -80,9 +80,8 @@ def certify_mask_counts(
 def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
     """Each pixel's most frequent class, or `ABSTAIN` where its lead over the second may be chance: no certificate.
 
-    `Predict` of Cohen et al. 2019 at each of M pixels, at alpha / M, so that all of them are right together. This is
-    Bonferroni's correction, not Holm's: the samples that test a class have chosen it too, and Holm's proof is about
-    hypotheses that do not depend on the samples.
+    `Predict` of Cohen et al. 2019 at each of M pixels, at alpha / M (Bonferroni). Holm's correction does not hold here:
+    the samples that test a class have chosen it too.
 
     Args:
         counts: (K,H,W) integer counts of the same samples at every pixel, K >= 2.
@@ -92,7 +91,7 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
         (H,W) int64 labels, on the CPU.
 
     Raises:
-        ValueError: alpha is out of its range, or the counts are not those of the same samples at every pixel.
+        ValueError: As `certify_mask_counts`.
     """
     check_alpha(alpha)
     _samples(counts)
@@ -106,11 +105,7 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
 def holm(p_values: np.ndarray, alpha: float) -> np.ndarray:
     """Which of (M,) null hypotheses are rejected, the probability of any wrong rejection at most alpha (Holm 1979).
 
-    Step-down: the k-th smallest p-value is compared with alpha / (M - k + 1), up to the first that is above it.
-    Holds whatever the dependence between the tests, as between the pixels of one image.
-
-    Raises:
-        ValueError: alpha does not lie between 0 and 1.
+    Holds whatever the dependence between the tests. Raises ValueError unless alpha lies between 0 and 1.
     """
     check_alpha(alpha)
     order = np.argsort(p_values, kind="stable")
@@ -140,7 +135,7 @@ def certify_mask(
 
     Raises:
         InvalidAnswer: The classifier's answers are no (N,K,H,W) scores.
-        ValueError: tau or alpha is out of its range, which is found out before anything is sampled.
+        ValueError: tau or alpha is out of its range; nothing was sampled.
     """
     mask_radius(tau, sigma)
     check_alpha(alpha)
@@ -159,11 +154,7 @@ def _of_pixels(counts: Tensor) -> Tensor:
 
 
 def _samples(counts: Tensor) -> int:
-    """The n of (K,H,W) counts that sum to n at every pixel.
-
-    Raises:
-        ValueError: They do not, or are no such counts.
-    """
+    """The n of (K,H,W) counts; raises ValueError unless they sum to it at every pixel."""
     if counts.ndim != 3 or len(counts) < 2 or counts[0].numel() == 0:
         raise ValueError(f"expected (K,H,W) counts of two or more classes, got {tuple(counts.shape)}")
     totals = counts.sum(0)

@@ -1,11 +1,9 @@
-"""Randomised smoothing: prediction and certificates from counts under Gaussian noise.
+"""Randomised smoothing: certificates from counts under Gaussian noise.
 
-Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019
-(`Certify` and `Predict` of section 3.2, theorem 1). The smoothed classifier answers the class that the base
-classifier is most likely to give to x + N(0, sigma^2 I). Here the base classifier is any callable that maps images to
-scores: a model in process, or a gateway and its victim behind HTTP.
-
-Images and radii are in units of [0,1] pixel values. The noise is not clipped: theorem 1 is about unclipped noise, and
+Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019 (section
+3.2, theorem 1). The smoothed classifier answers the class that the base classifier is most likely to give to
+x + N(0, sigma^2 I). The base classifier is any callable that maps images to scores: a model, or a gateway and its
+victim behind HTTP. Images and radii are in units of [0,1] pixel values. The noise is not clipped, as the theorem asks;
 whatever clips later belongs to the base classifier.
 """
 
@@ -74,15 +72,7 @@ def largest_radius(n: int, alpha: float, sigma: float) -> float:
 
 
 def linf_equivalent(radius: float, shape: tuple[int, int, int]) -> float:
-    """The largest L-inf ball inside an L2 ball: radius / sqrt(C*H*W).
-
-    Args:
-        radius: L2 radius, in units of [0,1].
-        shape: (C,H,W) of the image that was certified.
-
-    Returns:
-        The L-inf radius in units of [0,1]; times 255 it is in grey levels.
-    """
+    """The radius of the largest L-inf ball inside an L2 ball, radius / sqrt(C*H*W), for an image of shape (C,H,W)."""
     return radius / math.sqrt(math.prod(shape))
 
 
@@ -195,29 +185,13 @@ def certify(
     everywhere within its radius, or the certificate abstains. Arguments as in `sample_counts` and `certify_counts`.
 
     `give_up` may look at the (K,) counts of the n0 samples and spare the n: the certificate then abstains. It stays
-    valid: the n samples are independent of the n0, which may therefore decide how many of them are drawn, and an
-    abstention claims nothing.
+    valid, as the n samples are independent of the n0.
     """
     selection = _of_image(sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch))
     if give_up is not None and give_up(selection):
         return Certificate(ABSTAIN, 0.0, n0)
     estimation = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
     return certify_counts(selection, estimation, sigma=sigma, alpha=alpha)
-
-
-def predict(
-    classifier: BaseClassifier,
-    image: Tensor,
-    *,
-    sigma: float,
-    n: int,
-    alpha: float,
-    generator: torch.Generator,
-    batch: int = 1024,
-) -> int:
-    """`Predict` of the paper on one image (C,H,W): the smoothed class or `ABSTAIN`. Arguments as in `sample_counts`."""
-    counts = sample_counts(classifier, image, n=n, sigma=sigma, generator=generator, batch=batch)
-    return predict_counts(_of_image(counts), alpha=alpha)
 
 
 def _of_image(counts: Tensor) -> Tensor:

@@ -81,8 +81,7 @@ class SurrogateSettings:
 class Surrogate:
     """A student network, all answers that it learns from, and how it learns.
 
-    Images are kept with 8 bits a pixel, the probabilities of masks with 8 bits each: a quarter of the memory, and noise
-    far below what the student can learn.
+    Images and the probabilities of masks are kept with 8 bits: noise far below what the student can learn.
 
     Args:
         shape: (C, H, W).
@@ -126,8 +125,8 @@ class Surrogate:
 
         Args:
             steps: How many.
-            from_scratch: The first long training, on all answers alike: the learning rate rises and decays. Otherwise
-                it stays low, and half of every batch are the latest answers.
+            from_scratch: The first long training: all answers alike, and a learning rate that rises and decays.
+                Otherwise it stays low, and half of every batch are the latest answers.
 
         Returns:
             The mean divergence, in nats an answer or a pixel, over the last quarter of the steps; 0 without any.

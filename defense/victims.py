@@ -23,9 +23,7 @@ class Victim(Protocol):
 
 
 class QueryLedger:
-    """Counts every image sent to the victim, by purpose, and refuses what the budget does not hold.
-
-    Safe to charge from several threads.
+    """Counts every image sent to the victim, by purpose, and refuses what the budget does not hold; thread-safe.
 
     Args:
         max_queries: The hard budget, in images; None: unlimited.
@@ -85,11 +83,11 @@ class MeteredVictim:
     Args:
         victim: The black box.
         ledger: Where the queries are charged, before they are sent.
-        num_classes: K, once it is known; None accepts any K of at least 2.
+        num_classes: K, once it is known.
         kind: What the scores are, once it is known; probabilities are checked to be distributions.
         rounding: The decimal unit to which its probabilities are rounded, once it is known; see `read`.
         queries_per_image: What one image costs: V behind a `defense.votes.VotingVictim`.
-        positions: The axes of the scores behind the classes, once they are known: () or (H, W); None accepts both.
+        positions: The axes of the scores behind the classes, once they are known: () or (H, W).
     """
 
     def __init__(
@@ -111,14 +109,7 @@ class MeteredVictim:
         self._victim = victim
 
     def query(self, images: Tensor, purpose: str) -> Tensor:
-        """Asks the victim for the scores of (N, C, H, W) images in [0, 1].
-
-        Args:
-            images: (N, C, H, W) float32 in [0, 1].
-            purpose: What the queries are for, in the ledger.
-
-        Returns:
-            (N, K) or (N, K, H, W) float32 scores, on the device of the images.
+        """The victim's (N, K) or (N, K, H, W) float32 scores for (N, C, H, W) images in [0, 1], on their device.
 
         Raises:
             BudgetExhausted: The images exceed the budget; nothing was sent.
@@ -132,9 +123,7 @@ class MeteredVictim:
     def read(self, scores: Tensor) -> Tensor:
         """What rounded probabilities may have been: zeros become half of the unit to which they were rounded.
 
-        The logarithm of a zero would be -87 in float32, and the step from there to the first unit that is not rounded
-        away would drown all other differences. Labels (a unit of 1) are left as they are: half a unit for every class
-        would mean "undecided".
+        The logarithm of a zero would drown all other differences. Labels (a unit of 1) are left as they are.
         """
         if self.kind != "probabilities" or self.rounding is None or self.rounding == 1.0:
             return scores

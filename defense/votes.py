@@ -10,21 +10,16 @@ from defense.victims import Victim
 class VotingVictim:
     """Asks V noisy copies of each image for their labels, and answers the labels' shares (randomised smoothing).
 
-    Differences of a label are zero but for jumps. The expected share of a label under noise is a smooth function of the
-    image, whose slope along a direction is at most 1 / (tau sqrt(2 pi)) (Cohen et al. 2019; Salman et al. 2019). The
-    share of n of V votes is (n + 1/2) / (V + K/2), the Bayes estimate under Jeffreys' prior: its logarithm stays finite
-    where a label got no vote, and the stability loss between log(1 + (K - 1) / (2 V + 1)) and log(2 V + K).
-
-    Each image costs V queries: `MeteredVictim` has to be told (`queries_per_image`). Every copy of every call has fresh
-    noise, so that the noise of the shares themselves, of variance p (1 - p) / V, shows in repetitions.
+    The expected share of a label under noise is a smooth function of the image (Cohen et al. 2019; Salman et al. 2019).
+    The share of n of V votes is (n + 1/2) / (V + K/2), the Bayes estimate under Jeffreys' prior, whose logarithm is
+    finite. Each image costs V queries: `MeteredVictim` has to be told. Every call has fresh noise, so that the shares'
+    own noise, of variance p (1 - p) / V, shows in repetitions.
 
     Args:
         victim: The black box. Where it has scores after all, their argmax is the vote.
         votes: V.
-        noise: tau, the standard deviation of the copies' noise, in units of the [0, 1] range; the copies are clipped to
-            it.
-        seed: Of the noise, on the CPU. It is no part of a checkpoint: a resumed run has other noise than the unbroken
-            one, of the same distribution.
+        noise: tau, the standard deviation of the copies' noise, in units of [0,1]; the copies are clipped to it.
+        seed: Of the noise, on the CPU. It is no part of a checkpoint.
     """
 
     def __init__(self, victim: Victim, votes: int, noise: float, seed: int) -> None:

@@ -41,10 +41,10 @@ class Loss:
 
     Attributes:
         black_box: M points -> (M,) losses. Every point costs one victim query.
-        surrogate: (N, *shape) points, of the first N images, -> (N,) losses of a model of the black box that costs no
-            query and can be differentiated; None where there is none.
-        located: As `black_box`, but -> (M, H, W) losses that sum to it, each at the pixel that it is from; None where
-            the black box does not answer for every pixel. What is no sum of pixels is linearised around the centers.
+        surrogate: (n, *shape) points, of the first n images, -> (n,) losses of a differentiable model of the black box
+            that costs no query; None where there is none.
+        located: M points -> (M, H, W) losses that sum to those of `black_box`, each at its pixel, and linearised around
+            the centers; None where the black box does not answer for every pixel.
     """
 
     black_box: Callable[[Points], Tensor]
@@ -93,8 +93,7 @@ class Estimator(Protocol):
         Args:
             z: (N, *shape) points, any shape.
             loss: Its black box is called once, with all points of all images.
-            generator: Source of the random directions, on the CPU, so that a run is the same on every device; its
-                state is the estimator's whole state.
+            generator: Source of the random directions, on the CPU: the estimator's whole state.
             budget: At most so many evaluations, over all images; None: as many as `evaluations` says.
 
         Raises:
@@ -104,17 +103,9 @@ class Estimator(Protocol):
 
 
 def affordable(wanted: int, fixed: int, each: int, images: int, budget: int | None) -> int:
-    """How many directions of each image a budget holds.
+    """How many of the `wanted` directions of each image a budget of evaluations holds; None: unlimited.
 
-    Args:
-        wanted: Directions an image.
-        fixed: Evaluations an image before the first direction.
-        each: Evaluations a direction.
-        images: N.
-        budget: Evaluations over all images; None: unlimited.
-
-    Returns:
-        Between 1 and `wanted`.
+    An image costs `fixed` evaluations before the first direction, and `each` for every direction.
 
     Raises:
         BudgetExhausted: Not even one direction an image.

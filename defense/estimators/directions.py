@@ -36,18 +36,15 @@ class Directions(Protocol):
 def sample_directions(
     count: int, directions: int, dimension: int, sampling: Sampling, generator: torch.Generator
 ) -> Tensor:
-    """Draws random directions u scaled so that E[u u^T] = I / d.
+    """Draws N sets of q random directions u, scaled so that E[u u^T] = I / d: (N, q, d) float32.
 
     Args:
-        count: N, independent sets.
-        directions: q, in each set.
+        count: N.
+        directions: q.
         dimension: d.
-        sampling: "sphere": independent, uniform on the unit sphere. "gaussian": independent, N(0, I / d), of unit
-            length only in the mean. "orthonormal": unit vectors, mutually orthogonal within a set, each uniform.
+        sampling: "sphere": independent, uniform on the unit sphere. "gaussian": independent, N(0, I / d).
+            "orthonormal": mutually orthogonal within a set, each uniform on the sphere.
         generator: On the CPU.
-
-    Returns:
-        (N, q, d) float32.
 
     Raises:
         ValueError: More orthonormal directions than dimensions.
@@ -68,11 +65,7 @@ def sample_directions(
 
 @dataclass(frozen=True)
 class Isotropic:
-    """Directions of the whole space.
-
-    Attributes:
-        sampling: See `sample_directions`.
-    """
+    """Directions of the whole space, drawn as `sample_directions` does."""
 
     isotropic: ClassVar[bool] = True
 
@@ -93,7 +86,7 @@ class Subspace:
 
     Attributes:
         rows: (r, d) its orthonormal basis.
-        sampling: See `sample_directions`; r dimensions instead of d.
+        sampling: See `sample_directions`.
     """
 
     isotropic: ClassVar[bool] = True
@@ -112,14 +105,14 @@ class Subspace:
 
 
 def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
-    """The lowest frequencies of an image: the type-II discrete cosine transform's first rows and columns.
+    """The lowest frequencies of an image, by the type-II discrete cosine transform.
 
     Args:
         shape: (C, H, W).
         side: Frequencies along each axis.
 
     Returns:
-        (C side^2, C H W) orthonormal rows, the lowest frequencies first, for `Subspace`.
+        (C side^2, C H W) orthonormal rows, the lowest frequencies first.
 
     Raises:
         ValueError: There are not so many frequencies.
@@ -145,12 +138,9 @@ def _cosines(length: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Guided:
-    """The surrogate's own gradient as the first direction, and others made orthogonal to it after it.
+    """The surrogate's own gradient as the first direction, and those of `others` made orthogonal to it after it.
 
     The slope along it says, for one query an image, how far the surrogate is to be trusted there, and with which sign.
-
-    Attributes:
-        others: Where the directions after the first come from.
     """
 
     isotropic: ClassVar[bool] = False

@@ -13,10 +13,9 @@ from defense.estimators.base import Estimate, Loss, Points, affordable
 class LocalGradientEstimator:
     """Random directions, each coordinate judged by the losses around it only (docs/theory.md, formula 10).
 
-    All coordinates of z (N, c, h, w) step at once, by random signs; what happens to the loss within a window around
-    cell (i, j) is put down to the c numbers of that cell. The slope of the window's loss along the others in and around
-    it is the noise, so that the error grows with the window's area and not with the dimension. What a cell does to
-    pixels outside its window is not seen: the bias.
+    All coordinates of z (N, c, h, w) step at once, by random signs; what happens to the loss in a window around a cell
+    is put down to that cell's c numbers. The error grows with the window's area and not with the dimension; what a cell
+    does outside its window is not seen.
 
     Attributes:
         count: Directions an image, q.

@@ -15,11 +15,9 @@ _SIGNIFICANT = 2.0  # standard errors
 class SurrogateGradient:
     """The surrogate's gradient itself, biased by whatever the surrogate does not know.
 
-    The black box is evaluated once at each image that is asked about: from the answer the surrogate learns.
-
     Attributes:
-        asked: Images of a batch, its first ones, about which the black box is asked; the others cost nothing. None:
-            all.
+        asked: Images of a batch, its first ones, about which the black box is asked, for the surrogate to learn from;
+            the others cost nothing. None: all.
     """
 
     asked: int | None = None
@@ -47,12 +45,10 @@ class SurrogateGradient:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """Measures some images of a batch, and takes the surrogate's word for the others, at the rate of the measured ones.
+    """Measures some images of a batch, and follows the surrogate at the others, at the rate of the measured ones.
 
-    The gradient of the parameters is an average over images, and which images are in a batch is most of its noise
-    (docs/theory.md, formula 9). The surrogate's gradient h costs no query, so a batch may hold many more images than
-    are paid for: g = beta h at those, beta by least squares of the measured gradients on the surrogate's, zero where
-    these do not confirm it.
+    Which images are in a batch is most of the noise of the parameters' gradient (docs/theory.md, formula 9), and the
+    surrogate's gradient h costs no query: g = beta h at images that are not measured, see `trusted_factor`.
 
     Attributes:
         inner: For the measured images, the first ones of a batch.
@@ -85,16 +81,11 @@ class Extrapolation:
 def trusted_factor(measured: Tensor, known: Tensor) -> Tensor:
     """Least squares beta = sum g.h / sum |h|^2; 0 where the products g.h are not positive by two standard errors.
 
-    So a surrogate that knows nothing changes nothing. The standard error is that of a sum of independent terms of mean
-    zero and whatever size, the root of their summed squares: gradients of different images differ by orders of
-    magnitude. It takes more than four terms of one size to be significant.
+    So a surrogate that knows nothing changes nothing (docs/theory.md, formula 6).
 
     Args:
         measured: (..., N, d) vectors g.
         known: (..., N, d) vectors h.
-
-    Returns:
-        (...) factors.
     """
     products = (measured * known).sum(-1)
     total = products.sum(-1)

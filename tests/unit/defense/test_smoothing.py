@@ -1,6 +1,4 @@
 import math
-from collections.abc import Callable
-from functools import partial
 from statistics import NormalDist
 
 import pytest
@@ -17,7 +15,6 @@ from defense.smoothing import (
     largest_radius,
     linf_equivalent,
     lower_bound,
-    predict,
     predict_counts,
     sample_counts,
 )
@@ -183,23 +180,21 @@ def test_certify_and_predict_abstain_on_the_boundary() -> None:
     classifier = Linear()
     image = classifier.image_at(0.0)
     assert certify(classifier, image, sigma=0.25, n0=20, n=200, alpha=0.001, generator=generator()).abstained
-    assert predict(classifier, image, sigma=0.25, n=200, alpha=0.001, generator=generator()) == ABSTAIN
+    counts = sample_counts(classifier, image, n=200, sigma=0.25, generator=generator())
+    assert predict_counts(counts, alpha=0.001) == ABSTAIN
 
 
 def test_predict_answers_the_side_of_the_boundary() -> None:
     classifier = Linear()
-    answers = [
-        predict(classifier, classifier.image_at(distance), sigma=0.25, n=200, alpha=0.001, generator=generator())
-        for distance in (-0.5, 0.5)
-    ]
-    assert answers == [0, 1]
+    for side, distance in enumerate((-0.5, 0.5)):
+        counts = sample_counts(classifier, classifier.image_at(distance), n=200, sigma=0.25, generator=generator())
+        assert predict_counts(counts, alpha=0.001) == side
 
 
-@pytest.mark.parametrize("smoothed", [partial(certify, n0=4), predict])
-def test_masks_are_no_answer_for_an_image(smoothed: Callable[..., object]) -> None:
-    settings = {"sigma": 0.25, "n": 4, "alpha": 0.1, "generator": generator()}
+def test_masks_are_no_answer_for_an_image() -> None:
+    settings = {"sigma": 0.25, "n0": 4, "n": 4, "alpha": 0.1, "generator": generator()}
     with pytest.raises(InvalidAnswer, match="got one for every pixel"):
-        smoothed(lambda images: torch.zeros(len(images), 2, 4, 4), torch.zeros(SHAPE), **settings)
+        certify(lambda images: torch.zeros(len(images), 2, 4, 4), torch.zeros(SHAPE), **settings)
 
 
 @pytest.mark.parametrize("answer", [torch.full((4, 2), float("nan")), torch.zeros(3, 2), torch.zeros(4)])
