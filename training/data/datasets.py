@@ -15,7 +15,6 @@ read):
   only with `published_test` does `Testing` keep its images and labels as they were published. Masks are not compared.
 """
 
-import argparse
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -108,22 +107,13 @@ def settled(config: D) -> D:
     return config.model_copy(update={"task": task, "channels": config.channels or _CHANNELS[task]})
 
 
-def settle(arguments: argparse.Namespace) -> None:
-    """`settled`, in place, of what `training.command.cli.add_data_arguments` parsed."""
-    arguments.task = _task(arguments.data, arguments.task)
-    arguments.channels = arguments.channels or _CHANNELS[arguments.task]
-
-
-def load_data(config: DataConfig | argparse.Namespace) -> Splits:
+def load_data(config: DataConfig) -> Splits:
     """The splits that a configuration names; a process that asks again gets the same ones.
 
     Raises:
         UserError: As `load_splits`.
     """
-    if isinstance(config, argparse.Namespace):
-        settle(config)
-    else:
-        config = settled(config)
+    config = settled(config)
     return _loaded(
         config.data,
         task=config.task,

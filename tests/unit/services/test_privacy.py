@@ -123,7 +123,7 @@ async def test_a_frame_of_many_goes_through_the_gateway() -> None:
 async def test_nothing_but_pixels_is_said_forwarded_or_logged(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (None, "httpx", "httpcore"):  # `services.server` and `training.command.cli` quieten them
+    for name in (None, "httpx", "httpcore"):  # `services.server` and `training.command.verb` quieten them
         caplog.set_level(logging.DEBUG, logger=name)
     whole = dicom(SCAN, **WINDOW)
     files = {
