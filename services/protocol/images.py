@@ -86,24 +86,32 @@ def decode_sized(
         raise InvalidInput("`frame` is for DICOM files; this image has one frame")
     with opened(data, max_pixels=max_pixels) as image:
         if isinstance(image, TiffImageFile):
-            page = load_tiff(image, data)
+            page = load_tiff(image)
             return _scaled(page, channels, size), (page.height, page.width)
         return _to_array(image, channels, size)
 
 
-def decode_plain(
-    data: bytes, *, channels: int, size: tuple[int, int], frame: int | None = None
-) -> tuple[npt.NDArray[np.float32], tuple[int, int]] | None:
-    """`decode_sized` of a small PNG or sequential JPEG, in some milliseconds; None for every other file."""
-    is_plain = (
+def looks_plain(data: bytes, frame: int | None) -> bool:
+    """Whether `decode_plain` is worth a try."""
+    return (
         len(data) <= _PLAIN_BYTES
         and data.startswith(_PLAIN_STARTS)
         and data[_DICOM_PLACE] != b"DICM"
         and data.count(b"\xff\xda") <= _PLAIN_SCANS
         and frame in (None, 1)
     )
-    if not is_plain:
-        return None
+
+
+def decode_plain(
+    data: bytes, *, channels: int, size: tuple[int, int]
+) -> tuple[npt.NDArray[np.float32], tuple[int, int]] | None:
+    """`decode_sized` of a small PNG or sequential JPEG, in some milliseconds; None for other files.
+
+    Args:
+        data: what `looks_plain`.
+        channels: as there.
+        size: as there.
+    """
     with opened(data) as image:
         if image.width * image.height > _PLAIN_PIXELS or image.format == "MPO" or "progressive" in image.info:
             return None

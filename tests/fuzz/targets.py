@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["services.protocol", "defense", "pydico
     from defense.artifact import MANIFEST_FILE, load_artifact
     from defense.errors import ArtifactError
     from services.protocol import oip
+    from services.protocol.decoding.worker import limit_memory
     from services.protocol.errors import ServiceError
     from services.protocol.images import decode_sized
     from services.protocol.limits import inflate
@@ -30,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 SEEDS: Final = Path(__file__).parents[1] / "unit" / "services"
+_MEMORY_BYTES: Final = 2 * 2**30
 _INTERNAL: Final = 500
 _NOT_IMPLEMENTED: Final = 501
 
@@ -38,6 +40,8 @@ def _refused(read: Callable[[], object]) -> None:
     """Runs it; what it refuses has to be the sender's fault, and said in words."""
     try:
         read()
+    except MemoryError:  # beyond the limit, as in a worker process, which it ends
+        pass
     except ServiceError as error:
         if error.status >= _INTERNAL and error.status != _NOT_IMPLEMENTED:
             raise
@@ -161,6 +165,7 @@ def main() -> None:
     for index, seed in enumerate(seeds()):
         (corpus / f"seed-{index}").write_bytes(seed)
     warnings.simplefilter("ignore")
+    limit_memory(_MEMORY_BYTES)
     atheris.Setup([sys.argv[0], str(corpus), "-rss_limit_mb=4096", "-timeout=30", *options], target)
     atheris.Fuzz()
 

@@ -5,6 +5,7 @@ Only the elements that describe pixels are ever read. pydicom quotes values in i
 told here in words of our own, and the other two are switched off, for the whole process.
 """
 
+import io
 import logging
 import warnings
 import zlib
@@ -16,8 +17,8 @@ from pydicom.filereader import read_dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from services.protocol.decoding.dicom_display import COLORS, READ, palette_to_rgb, to_grey, to_rgb
-from services.protocol.decoding.dicom_elements import Stream, element_tag, integer_of, integers_of, malformed, value_of
-from services.protocol.decoding.dicom_frames import MAX_FRAMES, Layout, PixelData, refuse_undecodable, stored_values
+from services.protocol.decoding.dicom_elements import element_tag, integer_of, integers_of, malformed, value_of
+from services.protocol.decoding.dicom_frames import Layout, PixelData, refuse_undecodable, stored_values
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
 _LAYOUT = (
@@ -61,7 +62,7 @@ def read_frame(data: bytes, *, frame: int | None, max_pixels: int) -> npt.NDArra
 
     Raises:
         InvalidInput: the file is damaged, has no pixels, or no such frame; or it has several and none was chosen.
-        TooLarge: more pixels than allowed, or anything else that takes too much memory or time.
+        TooLarge: more pixels than allowed, or more bytes.
         UnsupportedMedia: a transfer syntax for which no decoder is installed, or a kind of pixels that is not known.
     """
     try:
@@ -84,7 +85,7 @@ def read_frame(data: bytes, *, frame: int | None, max_pixels: int) -> npt.NDArra
 
 def _opened(data: bytes, max_bytes: int) -> tuple[PixelData, Dataset]:
     """Reads what describes the pixels, up to them; they stay where they are."""
-    stream = Stream(data)
+    stream = io.BytesIO(data)
     stream.seek(_DATA_SET)
     meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
     syntax = value_of(meta, "TransferSyntaxUID")
@@ -92,7 +93,7 @@ def _opened(data: bytes, max_bytes: int) -> tuple[PixelData, Dataset]:
         raise malformed("TransferSyntaxUID")
     refuse_undecodable(syntax)
     if syntax == DeflatedExplicitVRLittleEndian:
-        stream = Stream(_inflated(data[stream.tell() :], max_bytes))
+        stream = io.BytesIO(_inflated(data[stream.tell() :], max_bytes))
     reached: list[tuple[int, str | None, int, int]] = []
 
     def at_pixels(tag: int, vr: str | None, length: int) -> bool:
@@ -100,24 +101,20 @@ def _opened(data: bytes, max_bytes: int) -> tuple[PixelData, Dataset]:
             reached.append((tag, vr, length, stream.tell()))
         return bool(reached)
 
-    try:
-        header = read_dataset(
-            stream,
-            syntax.is_implicit_VR,
-            syntax.is_little_endian,
-            stop_when=at_pixels,
-            specific_tags=[element_tag(keyword) for keyword in (*_LAYOUT, *READ)],
-        )
-    finally:
-        stream.check()
+    header = read_dataset(
+        stream,
+        syntax.is_implicit_VR,
+        syntax.is_little_endian,
+        stop_when=at_pixels,
+        specific_tags=[element_tag(keyword) for keyword in (*_LAYOUT, *READ)],
+    )
     if not reached:
         raise InvalidInput("the DICOM file has no pixels, or is cut short before them")
     tag, vr, length, start = reached[0]
     if tag != _PIXEL_DATA[0]:
         raise UnsupportedMedia("the DICOM file has floating-point pixels, which are not supported")
     offsets, lengths = (
-        value_of(header, keyword, most=8 * MAX_FRAMES) or b""
-        for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+        value_of(header, keyword) or b"" for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
     )
     if not isinstance(offsets, bytes) or not isinstance(lengths, bytes):
         raise malformed("ExtendedOffsetTable")
@@ -170,8 +167,6 @@ def _layout(header: Dataset, max_pixels: int) -> Layout:
         )
     if layout.frames < 1:
         raise malformed("NumberOfFrames")
-    if layout.frames > MAX_FRAMES:
-        raise TooLarge(f"the DICOM file has more than {MAX_FRAMES} frames")
     return layout
 
 

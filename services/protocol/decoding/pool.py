@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from services.protocol.decoding import worker
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, Unavailable
-from services.protocol.images import MAX_PIXELS, decode_plain
+from services.protocol.images import MAX_PIXELS, decode_plain, looks_plain
 
 Decoded = tuple[npt.NDArray[np.float32], tuple[int, int]]
 """An image (channels, height, width) in [0,1], and the (height, width) that the file itself has."""
@@ -107,9 +107,10 @@ class DecodingPool:
             UnsupportedMedia: as there.
             Unavailable: the pool is closed.
         """
-        plain = await anyio.to_thread.run_sync(partial(decode_plain, data, channels=channels, size=size, frame=frame))
-        if plain is not None:
-            return plain
+        if looks_plain(data, frame):
+            plain = await anyio.to_thread.run_sync(partial(decode_plain, data, channels=channels, size=size))
+            if plain is not None:
+                return plain
         free = self._free
         if free is None:
             raise Unavailable(_CLOSED)

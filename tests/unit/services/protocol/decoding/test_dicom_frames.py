@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from services.protocol.decoding import dicom_elements, dicom_frames
+from services.protocol.decoding import dicom_frames
 from services.protocol.decoding.dicom import read_frame
 from services.protocol.errors import InvalidInput, ServiceError, TooLarge, UnsupportedMedia
 
@@ -167,11 +167,68 @@ def test_offset_tables_are_held_against_the_fragments() -> None:
     for table in (struct.pack("<2I", 0, 3), struct.pack("<2I", 0, 2**31)):
         data = raw_encapsulated(item(table) + item(b"ab") + item(b"cd"), RLELossless, values, frames=True)
         assert "offset table" in refused(data, 2).message
-    data = raw_encapsulated(item(bytes(4 * 100_001)), RLELossless, values, frames=True)
-    assert isinstance(refused(data, 1), TooLarge)
 
 
-def test_endless_fragments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dicom_elements, "_MAX_WORK", 2**14)
-    data = raw_encapsulated(item(b"") * 2**14, RLELossless, np.zeros((4, 4), np.uint8))
-    assert isinstance(refused(data), TooLarge)
+JPEG = compressed(RNG.integers(0, 256, (64, 48)).astype(np.uint8), "JPEG")
+J2K = compressed(RNG.integers(0, 256, (64, 48)).astype(np.uint8), "JPEG2000", no_jp2=True)
+KINDS = [(JPEG, JPEGBaseline8Bit), (J2K, JPEG2000Lossless)]
+ZEROS = np.zeros((64, 48), np.uint8)
+
+
+def patched(frame: bytes, marker: bytes, offset: int, layout: str, *values: int) -> bytes:
+    """The frame with other numbers in the first segment of a marker."""
+    changed = bytearray(frame)
+    struct.pack_into(layout, changed, frame.index(marker) + offset, *values)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("frame", "syntax"), KINDS)
+def test_frames_of_another_layout_are_refused(frame: bytes, syntax: UID) -> None:
+    read(encapsulated([frame], syntax, ZEROS))
+    read(encapsulated([frame + b"\0\0"], syntax, ZEROS))
+    for other in (ZEROS.T, np.zeros((64, 49), np.uint8), np.zeros((32, 96), np.uint8)):
+        assert "another size" in refused(encapsulated([frame], syntax, other)).message
+    color = np.zeros((64, 48, 3), np.uint8)
+    assert "another size" in refused(encapsulated([frame], syntax, color, photometric="RGB")).message
+
+
+def test_frames_of_another_depth_are_refused() -> None:
+    deep = compressed(RNG.integers(0, 65536, (64, 48)).astype(np.uint16), "JPEG2000", no_jp2=True)
+    assert "depth" in refused(encapsulated([deep], JPEG2000Lossless, ZEROS)).message
+
+
+@pytest.mark.parametrize(("frame", "syntax"), KINDS)
+def test_every_truncation_of_a_frame_is_refused(frame: bytes, syntax: UID) -> None:
+    for length in range(2, len(frame) - 1, 7):
+        refused(encapsulated([frame[:length]], syntax, ZEROS))
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLossless])
+def test_frames_of_another_process_are_refused(syntax: UID) -> None:
+    other = JPEG if syntax == JPEG2000Lossless else J2K
+    refused(encapsulated([other], syntax, ZEROS))
+    refused(encapsulated([J2K], JPEGBaseline8Bit, ZEROS))
+
+
+def test_a_jpeg_without_a_size_is_refused() -> None:
+    start = JPEG.index(b"\xff\xc0")
+    end = start + 2 + int.from_bytes(JPEG[start + 2 : start + 4], "big")
+    refused(encapsulated([JPEG[:start] + JPEG[end:]], JPEGBaseline8Bit, ZEROS))
+
+
+def test_components_of_several_sizes_or_depths_are_refused() -> None:
+    assert (
+        "components"
+        in refused(encapsulated([patched(J2K, b"\xff\x51", 41, ">2B", 2, 2)], JPEG2000Lossless, ZEROS)).message
+    )
+    color = RNG.integers(0, 256, (64, 48, 3)).astype(np.uint8)
+    frame = patched(compressed(color, "JPEG2000", no_jp2=True), b"\xff\x51", 43, ">B", 11)
+    data = encapsulated([frame], JPEG2000Lossless, color.astype(np.uint16), photometric="RGB")
+    assert "components" in refused(data).message
+
+
+@pytest.mark.parametrize("segments", [[b"\xfd\x07"], [b"\xfd\x07" * 768] * 2, []])
+def test_runs_that_expand_to_something_else_are_refused(segments: list[bytes]) -> None:
+    starts = np.cumsum([64, *map(len, segments)])[:-1]
+    frame = struct.pack("<16I", len(segments), *starts, *[0] * (15 - len(segments))) + b"".join(segments)
+    refused(encapsulated([frame], RLELossless, ZEROS))

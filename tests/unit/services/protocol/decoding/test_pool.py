@@ -1,5 +1,8 @@
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -71,14 +74,14 @@ async def test_images_come_back_and_the_process_stays() -> None:
 async def test_what_exceeds_a_limit_or_crashes_ends_its_process_alone(
     data: bytes, kind: type[ServiceError], words: str
 ) -> None:
-    async with pool(2) as made:
+    async with pool() as made:
         first = await process_of(made)
         bad, good = await asyncio.gather(decode(made, data), decode(made, b"good"), return_exceptions=True)
         assert type(bad) is kind
         assert words in str(bad)
         assert isinstance(good, np.ndarray)
-        await decode(made)
-        assert first not in children()
+        assert await process_of(made) != first
+    assert not children()
 
 
 async def test_a_decoder_that_hangs_is_ended_by_the_clock() -> None:
@@ -174,6 +177,28 @@ async def test_a_closed_pool_ends_what_is_running_and_takes_nothing_more() -> No
         assert isinstance(result, ServiceError)
     with pytest.raises(Unavailable):
         await decode(made)
+
+
+ORPHANING = """
+import asyncio, os
+from services.protocol.decoding.pool import DecodingPool
+
+async def main():
+    async with DecodingPool(1, decoder="decoding_standins:decode") as pool:
+        print((await pool.decode(b"who", channels=1, size=(1, 1)))[1][0], flush=True)
+        os._exit(0)
+
+asyncio.run(main())
+"""
+
+
+def test_processes_end_with_the_service_however_it_ends() -> None:
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANING], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True
+    )
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(60)
 
 
 async def test_a_worker_that_cannot_start_is_no_fault_of_the_file(capfd: pytest.CaptureFixture[str]) -> None:

@@ -118,21 +118,6 @@ def test_unusual_compressions_are_unsupported(compression: str) -> None:
         decoded(tiff(GREY, compression=compression))
 
 
-def tiled(width: int, height: int, kind: int = 4, *, twice: bool = False) -> bytes:
-    extra = ((322, kind, width), (323, kind, height), (324, 4, 400), (325, 4, 35))
-    return handmade(GREY, extra=(*extra, (323, 4, 16)) if twice else extra, compression=8)
-
-
-def test_tiles_that_dwarf_the_image_are_refused() -> None:
-    for side in (4096, 30000, 2**31):
-        with pytest.raises(TooLarge, match="tiles"):
-            decoded(tiled(side, side))
-    with pytest.raises(InvalidInput, match="twice"):
-        decoded(tiled(16, 2**15, twice=True))
-    with pytest.raises(InvalidInput, match="wrong type"):
-        decoded(tiled(2**15, 2**15, kind=17))
-
-
 def test_tiles_are_read() -> None:
     data = handmade(
         np.arange(256, dtype=np.uint8).reshape(16, 16), extra=((322, 4, 16), (323, 4, 16), (324, 4, 400), (325, 4, 256))
