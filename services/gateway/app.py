@@ -24,8 +24,8 @@ from services.gateway.metrics import Metrics
 from services.gateway.modes import Plan
 from services.gateway.page import page_api
 from services.gateway.repository import Repository, Version
-from services.gateway.requests import ANSWERS, Asked, Asking, ModeAsked, errors, require_room
-from services.gateway.responses import OUTPUTS, Evidence, answer_quote, answer_verdict
+from services.gateway.requests import PREDICT_RESPONSES, ModeSent, Options, OptionsSent, errors, require_room
+from services.gateway.responses import OUTPUTS, Evidence, quote_response, verdict_response
 from services.gateway.verdicts import Verdict, judge
 from services.gateway.versions import Versions, reloading_on_hangup
 from services.keys import Client, KeySent
@@ -33,8 +33,8 @@ from services.protocol import deadlines, oip
 from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.errors import NotFound, Unavailable
 from services.protocol.http import make_app
-from services.protocol.requests import REQUEST, Call, read_call
-from services.protocol.responses import answer
+from services.protocol.requests import REQUEST, PredictRequest, read_request
+from services.protocol.responses import respond
 from services.server import access_of
 
 VERSION = "1"
@@ -91,15 +91,15 @@ def make_gateway(
         observe=metrics.request,
     )
 
-    async def defend(request: Request, asked: Asked, *, tensors_only: bool = False) -> Response:
-        client = access.client(asked.key)
+    async def defend(request: Request, options: Options, *, tensors_only: bool = False) -> Response:
+        client = access.client(options.key)
         deadlines.begin(request, settings.deadline_s)
         with versions.current.in_use() as defense:
-            plan = defense.modes.plan(asked.mode, asked.n)
+            plan = defense.modes.plan(options.mode, options.n)
             queue = admission_of_copies if plan.copies else admission
-            if not asked.dry_run:
+            if not options.dry_run:
                 await require_room(request, queue, plan.queries(1))
-            call = await read_call(
+            parsed = await read_request(
                 request,
                 defense.shape,
                 decoders,
@@ -107,36 +107,36 @@ def make_gateway(
                 tensors_only=tensors_only,
                 outputs=tuple(OUTPUTS[plan.mode]),
             )
-            return await deadlines.attended(request, decide(asked, client, defense, plan, queue, call))
+            return await deadlines.attended(request, decide(options, client, defense, plan, queue, parsed))
 
     async def decide(
-        asked: Asked, client: Client, defense: Defense, plan: Plan, queue: Admission, call: Call
+        options: Options, client: Client, defense: Defense, plan: Plan, queue: Admission, parsed: PredictRequest
     ) -> Response:
         pipeline = defense.pipeline
-        queries = plan.queries(len(call.images))
-        cost = queries + (len(call.images) if settings.shadow else 0)
-        if asked.dry_run:
-            return answer_quote(call, Evidence(plan, cost), accounts.quote(client.name), defense.signature)
+        queries = plan.queries(len(parsed.images))
+        cost = queries + (len(parsed.images) if settings.shadow else 0)
+        if options.dry_run:
+            return quote_response(parsed, Evidence(plan, cost), accounts.quote(client.name), defense.signature)
         queue.check(queries)  # before anything is looked at
-        access.take(client, len(call.images))
+        access.take(client, len(parsed.images))
         account = accounts.of(client.name)
-        await detector.watch(client.name, account, call.images)
+        await detector.watch(client.name, account, parsed.images)
         with account.bill(plan.mode, cost) as bill, queue.admit(queries):
             verdict: Verdict | None = None
             if plan.copies:
-                votes = await defense.vote(call.images, plan, bill)
+                votes = await defense.vote(parsed.images, plan, bill)
                 verdict = await anyio.to_thread.run_sync(judge, plan, votes)
-            scores = await pipeline.ask(call.images, bill) if verdict is None else verdict.shares
+            scores = await pipeline.ask(parsed.images, bill) if verdict is None else verdict.shares
             if settings.shadow:
-                defense.shadow.watch(call.images, scores, bill)
-            abstained = 0.0 if verdict is None else float((verdict.labels == ABSTAIN).mean()) * len(call.images)
-            metrics.answered(plan.mode, len(call.images), len(call.images) * sum(plan.copies), abstained)
+                defense.shadow.watch(parsed.images, scores, bill)
+            abstained = 0.0 if verdict is None else float((verdict.labels == ABSTAIN).mean()) * len(parsed.images)
+            metrics.answered(plan.mode, len(parsed.images), len(parsed.images) * sum(plan.copies), abstained)
             evidence, signed = Evidence(plan, bill.spent), defense.signature
-            if call.form == "image":
-                signed = replace(signed, labels=await pipeline.names(call.images, scores.shape[1]))
+            if parsed.form == "image":
+                signed = replace(signed, labels=await pipeline.names(parsed.images, scores.shape[1]))
             if verdict is None:
-                return await answer(call, scores, evidence.on(signed))
-            return await answer_verdict(call, verdict, evidence, signed)
+                return await respond(parsed, scores, evidence.on(signed))
+            return await verdict_response(parsed, verdict, evidence, signed)
 
     def check_model(name: str, number: str | None = None) -> None:
         if name != settings.model_name:
@@ -149,18 +149,18 @@ def make_gateway(
         if not await versions.current.pipeline.ready():
             raise Unavailable("the model behind the gateway is not ready")
 
-    @app.post("/predict", responses=ANSWERS, openapi_extra=REQUEST)
-    async def predict(request: Request, asked: Asking) -> Response:
+    @app.post("/predict", responses=PREDICT_RESPONSES, openapi_extra=REQUEST)
+    async def predict(request: Request, options: OptionsSent) -> Response:
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
-        return await defend(request, asked)
+        return await defend(request, options)
 
-    @app.post("/v2/models/{name}/infer", responses=ANSWERS)
-    @app.post("/v2/models/{name}/versions/{version}/infer", responses=ANSWERS)
-    async def infer(request: Request, asked: Asking, name: str, version: str | None = None) -> Response:
+    @app.post("/v2/models/{name}/infer", responses=PREDICT_RESPONSES)
+    @app.post("/v2/models/{name}/versions/{version}/infer", responses=PREDICT_RESPONSES)
+    async def infer(request: Request, options: OptionsSent, name: str, version: str | None = None) -> Response:
         """Scores for a batch as OIP tensors."""
-        access.client(asked.key)  # strangers are not told either which models there are
+        access.client(options.key)  # strangers are not told either which models there are
         check_model(name, version)
-        return await defend(request, asked, tensors_only=True)
+        return await defend(request, options, tensors_only=True)
 
     extensions = ["binary_tensor_data"] + (["model_repository"] if settings.admin_token else [])
 
@@ -182,7 +182,7 @@ def make_gateway(
 
     @app.get("/v2/models/{name}", responses=errors(400, 401, 404, 429, 502, 503, 504))
     @app.get("/v2/models/{name}/versions/{version}", responses=errors(400, 401, 404, 429, 502, 503, 504))
-    async def model(key: KeySent, name: str, version: str | None = None, mode: ModeAsked = None) -> JSONResponse:
+    async def model(key: KeySent, name: str, version: str | None = None, mode: ModeSent = None) -> JSONResponse:
         """What the model takes and answers, in the mode that is asked for or in the first one."""
         access.client(key)
         check_model(name, version)

@@ -37,7 +37,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return error_responses({status: _WORDS[status] for status in statuses})
 
 
-ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+PREDICT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         **RESPONSES[200],
         "description": (
@@ -58,14 +58,14 @@ ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
 """Everything that a question may be answered."""
 
 
-ModeAsked = Annotated[
+ModeSent = Annotated[
     Mode | None, Query(description="how the answer is found, among what is configured; without it, the first mode")
 ]
 """A mode in the query."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """What a request asks for beside its images.
 
     Attributes:
@@ -81,8 +81,8 @@ class Asked:
     key: str | None
 
 
-async def asked(
-    mode: ModeAsked = None,
+async def options(
+    mode: ModeSent = None,
     n: Annotated[
         int | None, Query(ge=1, description="noisy copies in smooth and certify, up to what is configured")
     ] = None,
@@ -91,12 +91,12 @@ async def asked(
     ] = False,
     *,
     key: KeySent,
-) -> Asked:
+) -> Options:
     """Reads it from the query and the headers."""
-    return Asked(mode, n, dry_run, key)
+    return Options(mode, n, dry_run, key)
 
 
-Asking = Annotated[Asked, Depends(asked)]
+OptionsSent = Annotated[Options, Depends(options)]
 """An argument that is read so."""
 
 

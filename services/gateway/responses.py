@@ -25,8 +25,8 @@ from services.gateway.modes import Plan
 from services.gateway.verdicts import Verdict
 from services.protocol import oip
 from services.protocol.masks import encode_mask, nearest
-from services.protocol.requests import Call
-from services.protocol.responses import Signature, mask_answer, tensor_answer
+from services.protocol.requests import PredictRequest
+from services.protocol.responses import Signature, mask_response, tensor_response
 from services.upstream import Array
 
 EVIDENCE_HEADER: Final = "X-Evidence"
@@ -68,17 +68,19 @@ class Evidence:
         )
 
 
-async def answer_verdict(call: Call, verdict: Verdict, evidence: Evidence, signature: Signature) -> Response:
+async def verdict_response(
+    request: PredictRequest, verdict: Verdict, evidence: Evidence, signature: Signature
+) -> Response:
     """The answer of the modes `smooth` and `certify`."""
     masks = verdict.labels.ndim == 3
-    if call.form == "tensor":
-        return tensor_answer(call, _tensors(call, verdict), evidence.on(signature, masks=masks))
+    if request.form == "tensor":
+        return tensor_response(request, _tensors(request, verdict), evidence.on(signature, masks=masks))
     certified: dict[str, Any] = {}
     if verdict.radius is not None:
         radius = float(verdict.radius[0])
-        certified = {"radius": radius, "radius_linf": linf_equivalent(radius, call.images.shape[1:])}
+        certified = {"radius": radius, "radius_linf": linf_equivalent(radius, request.images.shape[1:])}
     if masks:
-        return await anyio.to_thread.run_sync(_of_mask, call, verdict, evidence, signature, certified)
+        return await anyio.to_thread.run_sync(_of_mask, request, verdict, evidence, signature, certified)
     label = int(verdict.labels[0])
     votes = [one[0].tolist() for one in verdict.votes]
     told = {
@@ -96,30 +98,32 @@ async def answer_verdict(call: Call, verdict: Verdict, evidence: Evidence, signa
     return JSONResponse({**told, **signed.extra}, headers=dict(signed.headers))
 
 
-def answer_quote(call: Call, evidence: Evidence, budget: Mapping[str, Any] | None, signature: Signature) -> Response:
-    """What the call would cost, in place of an answer.
+def quote_response(
+    request: PredictRequest, evidence: Evidence, budget: Mapping[str, Any] | None, signature: Signature
+) -> Response:
+    """What the request would cost, in place of an answer.
 
     Args:
-        call: what was asked.
+        request: what was asked.
         evidence: what would be computed, and what it would be charged.
         budget: what the client may spend; None: any number.
         signature: who answers.
     """
     signed = evidence.on(signature)
-    if call.form == "image":
-        told = {"dry_run": True, "images": len(call.images), "budget": budget}
+    if request.form == "image":
+        told = {"dry_run": True, "images": len(request.images), "budget": budget}
         return JSONResponse({**told, **signed.extra}, headers=dict(signed.headers))
-    told = {"dry_run": True, "images": len(call.images)}
+    told = {"dry_run": True, "images": len(request.images)}
     if budget is not None:
         told["budget_left"] = budget["left"]
     # An answer of the protocol that has no outputs.
-    return tensor_answer(replace(call, outputs={}), {}, replace(signed, parameters={**signed.parameters, **told}))
+    return tensor_response(replace(request, outputs={}), {}, replace(signed, parameters={**signed.parameters, **told}))
 
 
-def _tensors(call: Call, verdict: Verdict) -> dict[str, npt.NDArray[Any]]:
+def _tensors(request: PredictRequest, verdict: Verdict) -> dict[str, npt.NDArray[Any]]:
     tensors: dict[str, npt.NDArray[Any]] = {oip.OUTPUT: verdict.shares, "label": verdict.labels}
     if verdict.radius is not None:
-        shape = call.images.shape[1:]
+        shape = request.images.shape[1:]
         tensors["radius"] = _rounded_down(verdict.radius)
         tensors["radius_linf"] = _rounded_down(np.array([linf_equivalent(one, shape) for one in verdict.radius]))
     return tensors
@@ -133,16 +137,18 @@ def _rounded_down(values: npt.NDArray[np.float64]) -> Array:
 
 
 def _of_mask(
-    call: Call, verdict: Verdict, evidence: Evidence, signature: Signature, certified: Mapping[str, Any]
+    request: PredictRequest, verdict: Verdict, evidence: Evidence, signature: Signature, certified: Mapping[str, Any]
 ) -> Response:
     """A mask at the size of the image, abstentions in a grey that stands for no class, and these alone as a mask."""
-    assert call.size is not None  # it came as an image
+    assert request.size is not None  # it came as an image
     labels = verdict.labels[0]
-    classes = nearest(labels.clip(0).astype(np.uint8), call.size)
-    abstains = nearest(labels == ABSTAIN, call.size)
+    classes = nearest(labels.clip(0).astype(np.uint8), request.size)
+    abstains = nearest(labels == ABSTAIN, request.size)
     png = encode_mask(classes, verdict.shares.shape[1], abstains=abstains)
     share = np.count_nonzero(abstains) / abstains.size
     signed = evidence.on(signature, masks=True, abstained_fraction=share, **certified)
     abstention = base64.b64encode(encode_mask(abstains.astype(np.uint8), 2)).decode()
     lesion_fraction = np.count_nonzero(classes) / classes.size  # an abstention is no lesion, but neither is it tissue
-    return mask_answer(call, png, lesion_fraction, replace(signed, extra={"abstention": abstention, **signed.extra}))
+    return mask_response(
+        request, png, lesion_fraction, replace(signed, extra={"abstention": abstention, **signed.extra})
+    )

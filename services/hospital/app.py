@@ -21,8 +21,8 @@ from services.protocol import deadlines
 from services.protocol.decoding.pool import DecodingPool, Limits
 from services.protocol.http import make_app
 from services.protocol.openapi import error_responses
-from services.protocol.requests import REQUEST, Call, read_call
-from services.protocol.responses import RESPONSES, Signature, answer
+from services.protocol.requests import REQUEST, PredictRequest, read_request
+from services.protocol.responses import RESPONSES, Signature, respond
 from services.server import access_of
 
 _ERRORS: Final = {
@@ -77,13 +77,13 @@ def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSett
         """Scores, or a mask, for an image (multipart field `file`, or its bytes); scores for OIP tensors."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
-        call = await read_call(request, shape, decoders, max_body_bytes=settings.max_body_bytes)
-        access.take(client, len(call.images))
-        return await deadlines.attended(request, decide(call))
+        parsed = await read_request(request, shape, decoders, max_body_bytes=settings.max_body_bytes)
+        access.take(client, len(parsed.images))
+        return await deadlines.attended(request, decide(parsed))
 
-    async def decide(call: Call) -> Response:
-        with admission.admit(len(call.images)):
-            return await answer(call, await batcher(call.images), signature)
+    async def decide(parsed: PredictRequest) -> Response:
+        with admission.admit(len(parsed.images)):
+            return await respond(parsed, await batcher(parsed.images), signature)
 
     @app.get("/v2/health/live")
     async def live() -> JSONResponse:

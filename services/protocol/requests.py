@@ -65,12 +65,12 @@ REQUEST: Final[dict[str, Any]] = {
         },
     },
 }
-"""What `read_call` takes, for the OpenAPI document."""
+"""What `read_request` takes, for the OpenAPI document."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """One question to a model.
+class PredictRequest:
+    """A request to a model, once it is read.
 
     Attributes:
         images: (N,C,H,W) float32, finite, N at least 1; possibly a read-only view of the request's body.
@@ -89,7 +89,7 @@ class Call:
     wants_png: bool = False
 
 
-async def read_call(
+async def read_request(
     request: Request,
     shape: tuple[int, int, int],
     decoders: DecodingPool,
@@ -97,8 +97,8 @@ async def read_call(
     max_body_bytes: int,
     tensors_only: bool = False,
     outputs: Sequence[str] = (oip.OUTPUT,),
-) -> Call:
-    """Reads a call: a form's file, an image file as the body, or an Open Inference Protocol request.
+) -> PredictRequest:
+    """Reads a request: a form's file, an image file as the body, or an Open Inference Protocol request.
 
     The form has the image in the field `file`. As the body, an image has any image/* type, or application/dicom; what
     it is, its content tells. The frame of a DICOM file is chosen by `frame`, a form's field or a query parameter. The
@@ -127,7 +127,7 @@ async def read_call(
         if encoding is not None:
             raise UnsupportedMedia("multipart bodies must not be compressed")
         data, more = await _uploaded(request)
-        return await _image_call(decoders, data, shape, wants_png, _frame([*frames, *more]))
+        return await _image_request(decoders, data, shape, wants_png, _frame([*frames, *more]))
     try:
         async with in_time():
             body = await request.body()
@@ -136,17 +136,17 @@ async def read_call(
     if is_image:
         if encoding is not None:
             body = await anyio.to_thread.run_sync(lambda: inflate(body, encoding, max_bytes=max_body_bytes))
-        return await _image_call(decoders, body, shape, wants_png, _frame(frames))
+        return await _image_request(decoders, body, shape, wants_png, _frame(frames))
     json_length = oip.header_length(request.headers.get(oip.HEADER))
 
-    def decode() -> tuple[Call, float | None]:
-        return _tensor_call(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
+    def decode() -> tuple[PredictRequest, float | None]:
+        return _tensor_request(inflate(body, encoding, max_bytes=max_body_bytes), json_length, shape, outputs)
 
     at_once = encoding is None and len(body) <= _AT_ONCE
-    call, timeout_s = decode() if at_once else await anyio.to_thread.run_sync(decode)
+    parsed, timeout_s = decode() if at_once else await anyio.to_thread.run_sync(decode)
     if timeout_s is not None:
         narrow(timeout_s)
-    return call
+    return parsed
 
 
 async def discard_body(request: Request) -> None:
@@ -199,19 +199,19 @@ def _prefers_png(accept: str) -> bool:
     return weight_of(MASK_TYPE) > weight_of(oip.JSON_TYPE)
 
 
-async def _image_call(
+async def _image_request(
     decoders: DecodingPool, data: bytes, shape: tuple[int, int, int], wants_png: bool, frame: int | None
-) -> Call:
+) -> PredictRequest:
     channels, height, width = shape
     async with in_time():
         image, size = await decoders.decode(data, channels=channels, size=(height, width), frame=frame)
-    return Call(image[None], "image", size=size, wants_png=wants_png)
+    return PredictRequest(image[None], "image", size=size, wants_png=wants_png)
 
 
-def _tensor_call(
+def _tensor_request(
     body: bytes, json_length: int | None, shape: tuple[int, int, int], outputs: Sequence[str]
-) -> tuple[Call, float | None]:
-    """The call, and how long its client waits for the answer (None: it does not say)."""
+) -> tuple[PredictRequest, float | None]:
+    """The request, and how long its client waits for the answer (None: it does not say)."""
     request = oip.decode_request(body, json_length, raw=oip.RawInput(oip.INPUT, (1, *shape)))
     wanted = request.wanted(outputs)
     if len(request.inputs) != 1:
@@ -220,7 +220,7 @@ def _tensor_call(
     expected = f"[N, {', '.join(map(str, shape))}] with N at least 1"
     if tensor.array.ndim != 4 or tensor.array.shape[1:] != shape or not len(tensor.array):
         raise InvalidInput(f"{tensor.name!r}: expected shape {expected}, got {list(tensor.array.shape)}")
-    return Call(_as_images(tensor), "tensor", wanted, request.id), request.timeout_s
+    return PredictRequest(_as_images(tensor), "tensor", wanted, request.id), request.timeout_s
 
 
 def _as_images(tensor: oip.Tensor) -> npt.NDArray[np.float32]:

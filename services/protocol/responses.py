@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from services.protocol import oip
 from services.protocol.masks import class_map, encode_mask
-from services.protocol.requests import MASK_TYPE, Call
+from services.protocol.requests import MASK_TYPE, PredictRequest
 
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -54,7 +54,7 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
         },
     }
 }
-"""What `answer` says, for the OpenAPI document."""
+"""What `respond` says, for the OpenAPI document."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class Signature:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
-    """The answer to a call, in the call's own form.
+async def respond(request: PredictRequest, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+    """The answer to a request, in the request's own form.
 
     Args:
-        call: what was asked.
+        request: what was asked.
         scores: (N,K), or (N,K,H,W) from a segmenter; finite. An image is answered with a mask of its own size then.
         signature: who answers.
     """
-    if call.form == "tensor":
-        return tensor_answer(call, {oip.OUTPUT: scores}, signature)
+    if request.form == "tensor":
+        return tensor_response(request, {oip.OUTPUT: scores}, signature)
     if scores.ndim == 4:
-        return await anyio.to_thread.run_sync(_mask_answer, call, scores[0], signature)
+        return await anyio.to_thread.run_sync(_class_map_response, request, scores[0], signature)
     told = {
         "label": signature.labels[int(scores[0].argmax())],
         "labels": list(signature.labels),
@@ -98,42 +98,44 @@ async def answer(call: Call, scores: npt.NDArray[np.float32], signature: Signatu
     return JSONResponse({**told, **signature.extra}, headers=dict(signature.headers))
 
 
-def tensor_answer(call: Call, tensors: Mapping[str, npt.NDArray[Any]], signature: Signature) -> Response:
-    """The answer to a call that came as a tensor.
+def tensor_response(request: PredictRequest, tensors: Mapping[str, npt.NDArray[Any]], signature: Signature) -> Response:
+    """The answer to a request that came as a tensor.
 
     Args:
-        call: what was asked.
-        tensors: all outputs by name; those that the call does not ask for are left out.
+        request: what was asked.
+        tensors: all outputs by name; those that the request does not ask for are left out.
         signature: who answers.
     """
     body, own = oip.encode_response(
-        [(oip.Tensor(name, tensors[name]), binary) for name, binary in call.outputs.items()],
+        [(oip.Tensor(name, tensors[name]), binary) for name, binary in request.outputs.items()],
         model_name=signature.model_name,
         model_version=signature.model_version,
-        request_id=call.id,
+        request_id=request.id,
         parameters=dict(signature.parameters),
     )
     return Response(body, headers={**signature.headers, **own})
 
 
-def _mask_answer(call: Call, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
+def _class_map_response(request: PredictRequest, scores: npt.NDArray[np.float32], signature: Signature) -> Response:
     """The answer to an image with the scores (K,h,w) of its pixels."""
-    assert call.size is not None  # it came as an image
-    classes = class_map(scores, call.size)
-    return mask_answer(call, encode_mask(classes, len(scores)), np.count_nonzero(classes) / classes.size, signature)
+    assert request.size is not None  # it came as an image
+    classes = class_map(scores, request.size)
+    return mask_response(
+        request, encode_mask(classes, len(scores)), np.count_nonzero(classes) / classes.size, signature
+    )
 
 
-def mask_answer(call: Call, png: bytes, lesion_fraction: float, signature: Signature) -> Response:
+def mask_response(request: PredictRequest, png: bytes, lesion_fraction: float, signature: Signature) -> Response:
     """The answer to an image with its mask: in JSON, or the PNG itself where the client likes that better.
 
     Args:
-        call: what was asked.
+        request: what was asked.
         png: the mask, as large as the image.
         lesion_fraction: share of the mask's pixels whose class is not 0.
         signature: who answers.
     """
     headers = dict(signature.headers)
-    if call.wants_png:
+    if request.wants_png:
         return Response(png, headers=headers, media_type=MASK_TYPE)
     told = {
         "labels": list(signature.labels),

@@ -14,7 +14,7 @@ from defense.artifact import load_artifact
 from defense.noise_floor import probe_queries
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.images import decode_image
-from services.protocol.requests import read_call
+from services.protocol.requests import read_request
 from training import pretrain, zo_fit
 from training.data.datasets import ImageSet, Splits
 from training.fit.checkpoint import Journal
@@ -36,7 +36,7 @@ class ImageServer:
     async def predict(self, request: Request) -> dict[str, object]:
         assert request.headers["Content-Type"].startswith("multipart/form-data")
         probabilities = self.compare(
-            (await read_call(request, (1, SIZE, SIZE), DecodingPool(1), max_body_bytes=10**6)).images[0]
+            (await read_request(request, (1, SIZE, SIZE), DecodingPool(1), max_body_bytes=10**6)).images[0]
         )
         told = {"label": LABELS[int(probabilities[0] < 0.5)], "labels": LABELS}
         return told if self.names_only else {**told, "probabilities": probabilities}

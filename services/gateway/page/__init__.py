@@ -27,8 +27,8 @@ from services.protocol import deadlines
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, NotFound
 from services.protocol.images import encode_png
-from services.protocol.requests import REQUEST, Call, read_call
-from services.protocol.responses import Signature, answer
+from services.protocol.requests import REQUEST, PredictRequest, read_request
+from services.protocol.responses import Signature, respond
 
 COMPARE: Final = "compare"
 """What queries about raw images are for, on the client's account."""
@@ -123,24 +123,24 @@ def page_api(
                 headers=_HEADERS,
             )
 
-    async def uploaded(request: Request, key: str | None) -> tuple[Call, str]:
+    async def uploaded(request: Request, key: str | None) -> tuple[PredictRequest, str]:
         """An image that a client of this name may have looked at."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
         await require_room(request, admission, 1)
-        call = await read_call(request, versions.current.shape, decoders, max_body_bytes=settings.max_body_bytes)
-        if call.form != "image":
+        parsed = await read_request(request, versions.current.shape, decoders, max_body_bytes=settings.max_body_bytes)
+        if parsed.form != "image":
             raise InvalidInput("the page is about images; tensors are answered at /predict")
         access.take(client, 1)
-        return call, client.name
+        return parsed, client.name
 
     @router.post("/page/sanitized", openapi_extra=REQUEST)
     async def sanitized(request: Request, key: KeySent) -> JSONResponse:
         """The image as the sanitizer sees it, and what it makes of it: PNGs in base64. Costs no query."""
-        call, _ = await uploaded(request, key)
+        parsed, _ = await uploaded(request, key)
         with versions.current.in_use() as defense, admission.admit(1):
-            after = await deadlines.attended(request, defense.pipeline.sanitize(call.images))
-        images = {"original": call.images[0].clip(0, 1), "sanitized": after[0]}
+            after = await deadlines.attended(request, defense.pipeline.sanitize(parsed.images))
+        images = {"original": parsed.images[0].clip(0, 1), "sanitized": after[0]}
         told: dict[str, Any] = {name: base64.b64encode(encode_png(image)).decode() for name, image in images.items()}
         told["largest"] = float(abs(images["sanitized"] - images["original"]).max())
         return JSONResponse(told, headers=_HEADERS)
@@ -150,16 +150,16 @@ def page_api(
         @router.post("/page/bare", openapi_extra=REQUEST)
         async def bare(request: Request, key: KeySent) -> Response:
             """What the bare model answers; never an answer to anybody's request at /predict."""
-            call, name = await uploaded(request, key)
+            parsed, name = await uploaded(request, key)
             with (
                 versions.current.in_use() as defense,
                 accounts.of(name).bill(COMPARE, 1) as bill,
                 admission.admit(1),
             ):
-                raw = call.images.clip(0, 1)
+                raw = parsed.images.clip(0, 1)
                 scores = await deadlines.attended(request, defense.pipeline.forward(raw, bill))
                 labels = await defense.pipeline.names(raw, scores.shape[1])
-                return await answer(call, scores, Signature(settings.model_name, defense.number, labels))
+                return await respond(parsed, scores, Signature(settings.model_name, defense.number, labels))
 
     return router
 

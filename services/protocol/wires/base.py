@@ -16,7 +16,7 @@ Encoded = tuple[bytes, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Told:
+class Scored:
     """An answer.
 
     Attributes:
@@ -42,7 +42,7 @@ class Wire(Protocol):
             ServiceError: the victim does not take such images.
         """
 
-    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Told:
+    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Scored:
         """The answer to images of shape `asked`, (N,C,H,W).
 
         Raises:
@@ -60,11 +60,11 @@ class Wire(Protocol):
         """
 
 
-def named(scores: npt.NDArray[np.float32], labels: tuple[str, ...] | None) -> Told:
+def named(scores: npt.NDArray[np.float32], labels: tuple[str, ...] | None) -> Scored:
     """Scores and the names that somebody else gave their classes; raises UpstreamInvalid where they do not fit."""
     if labels is not None and len(labels) != scores.shape[1]:
         raise UpstreamInvalid(f"the victim answers scores of {scores.shape[1]} classes, for {len(labels)} labels")
-    return Told(scores, labels)
+    return Scored(scores, labels)
 
 
 def own_description(response: httpx.Response) -> dict[str, object]:
@@ -82,7 +82,7 @@ def own_description(response: httpx.Response) -> dict[str, object]:
     return answer
 
 
-def described(told: Told) -> dict[str, object]:
+def described(told: Scored) -> dict[str, object]:
     """A description in the same form, from the answer to one image; classes without names are numbered."""
     scores = told.scores[0]
     labels = list(told.labels or map(str, range(len(scores))))

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from services.protocol.images import encode_png
 from services.protocol.mapping import Answer, Sending
-from services.protocol.wires.base import Encoded, Told, described, own_description
-from services.protocol.wires.json_responses import read_told
+from services.protocol.wires.base import Encoded, Scored, described, own_description
+from services.protocol.wires.json_responses import read_response
 
 OWN_SENDING = Sending(form="file")
 """How an image is sent to a victim of this project."""
@@ -45,9 +45,9 @@ class ImageWire:
         """The only image (1,C,H,W)."""
         return encode_upload(images[0], self._sending)
 
-    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Told:
+    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Scored:
         """What the answer has: scores, a mask or a label."""
-        return read_told(response.content, self._answer, self._labels, size=(asked[2], asked[3]))
+        return read_response(response.content, self._answer, self._labels, size=(asked[2], asked[3]))
 
     def encode_question(self, image: npt.NDArray[np.float32]) -> Encoded:
         """The same request as for its scores."""

@@ -13,14 +13,14 @@ from services.protocol.errors import ServiceError, UpstreamInvalid
 from services.protocol.mapping import Answer, split_path
 from services.protocol.masks import decode_mask
 from services.protocol.scores import checked_scores
-from services.protocol.wires.base import Told, named
+from services.protocol.wires.base import Scored, named
 
 _WHOLE = "answer"  # what a path without steps leads to, in messages
 _WORDS_LENGTH = 200
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_told(content: bytes, where: Answer, labels: tuple[str, ...] | None, *, size: tuple[int, int]) -> Told:
+def read_response(content: bytes, where: Answer, labels: tuple[str, ...] | None, *, size: tuple[int, int]) -> Scored:
     """Reads the JSON answer to one image.
 
     Scores are taken where there are any, in the order of the labels; else the mask is, or else the label, as one-hot
@@ -100,7 +100,7 @@ class _Reader:
         inside = f"in `{where.labels}`" if where.labels is not None else "in its own words"
         self._remedy = f"let it name them all, {inside}, or name them in a mapping file, as `labels`"
 
-    def scores(self, told: JsonValue) -> Told:
+    def scores(self, told: JsonValue) -> Scored:
         pairs = self._pairs(told)
         if pairs is not None:
             labels = self._labels or tuple(sorted(pairs))  # sorted, or each answer might bring an order of its own
@@ -109,15 +109,15 @@ class _Reader:
                     f"the victim's `{self._scores_path}` score {_quoted(pairs)}, the classes are {_quoted(labels)}: "
                     "let it score each class, and two at least"
                 )
-            return Told(self._numbers([pairs[label] for label in labels])[None], labels)
+            return Scored(self._numbers([pairs[label] for label in labels])[None], labels)
         numbers = self._numbers(told if isinstance(told, list) else _both_classes(told))
         if self._labels is not None and len(self._labels) != len(numbers):
             raise UpstreamInvalid(
                 f"the victim's answer has {len(numbers)} {self._scores_path} for {len(self._labels)} labels"
             )
-        return Told(numbers[None], self._labels)
+        return Scored(numbers[None], self._labels)
 
-    def mask(self, told: JsonValue, size: tuple[int, int]) -> Told:
+    def mask(self, told: JsonValue, size: tuple[int, int]) -> Scored:
         if isinstance(told, list):
             return self._planes(told, size)
         if self._labels is None:
@@ -136,9 +136,9 @@ class _Reader:
         except ServiceError as error:
             raise UpstreamInvalid(f"the victim's `{self._mask_path}` cannot be used: {error.message}") from error
         one_hot = (classes == np.arange(count)[:, None, None]).astype(np.float32)
-        return Told(one_hot[None], self._labels)
+        return Scored(one_hot[None], self._labels)
 
-    def label(self, told: JsonValue) -> Told:
+    def label(self, told: JsonValue) -> Scored:
         labels = self._labels
         if not isinstance(told, str | int) or isinstance(told, bool):
             raise UpstreamInvalid(f"the victim's `{self._where.label or _WHOLE}` is neither a label nor its number")
@@ -150,7 +150,7 @@ class _Reader:
         is_told = [told in (label, number) for number, label in enumerate(labels)]
         if not any(is_told):
             raise UpstreamInvalid(f"the victim's label {str(told)[:_WORDS_LENGTH]!r} is none of its `labels`")
-        return Told(np.array([is_told], dtype=np.float32), labels)
+        return Scored(np.array([is_told], dtype=np.float32), labels)
 
     def _pairs(self, told: JsonValue) -> dict[str, JsonValue] | None:
         """Labels and their numbers, where the scores are told in pairs; None: where they are not."""
@@ -167,7 +167,7 @@ class _Reader:
             raise UpstreamInvalid(f"the victim's `{self._scores_path}` name a label twice")
         return pairs
 
-    def _planes(self, told: list[JsonValue], size: tuple[int, int]) -> Told:
+    def _planes(self, told: list[JsonValue], size: tuple[int, int]) -> Scored:
         """Probabilities of the foreground, (H,W), or scores of all classes, (K,H,W)."""
         try:
             planes = np.array(told)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from services.protocol import oip
 from services.protocol.images import encode_png
 from services.protocol.scores import read_scores
-from services.protocol.wires.base import Encoded, Told, described, named, own_description
+from services.protocol.wires.base import Encoded, Scored, described, named, own_description
 
 
 class PredictWire:
@@ -26,7 +26,7 @@ class PredictWire:
         """All images in one tensor."""
         return oip.encode_request([oip.Tensor(oip.INPUT, images)])
 
-    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Told:
+    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Scored:
         """The scores, exactly as the victim sent them; a single plane of probabilities is completed."""
         scores = read_scores(response.content, response.headers.get(oip.HEADER), asked)
         return named(scores, self._labels)

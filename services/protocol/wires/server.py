@@ -16,7 +16,7 @@ from services.protocol.datatypes import DTYPES
 from services.protocol.errors import InvalidInput, Unsupported, UpstreamInvalid
 from services.protocol.mapping import TensorOptions
 from services.protocol.scores import read_scores
-from services.protocol.wires.base import Encoded, Told, described, named
+from services.protocol.wires.base import Encoded, Scored, described, named
 
 BINARY_EXTENSION = "binary_tensor_data"
 """What a server that reads binary tensors names among its extensions."""
@@ -98,7 +98,7 @@ class ServerWire:
         tensor = oip.Tensor(self.name, images.astype(DTYPES[self.datatype], copy=False))
         return oip.encode_request([tensor], binary=self.binary, binary_output=self.binary, output=self.output)
 
-    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Told:
+    def read(self, response: httpx.Response, asked: tuple[int, ...]) -> Scored:
         """The scores, as the model sent them; a single plane of probabilities is completed."""
         length = response.headers.get(oip.HEADER)
         return named(read_scores(response.content, length, asked, output=self.output), self.labels)

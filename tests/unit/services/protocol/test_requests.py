@@ -16,8 +16,8 @@ from PIL import Image
 from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, Unsupported
 from services.protocol.masks import class_map, decode_mask
-from services.protocol.requests import Call, read_call
-from services.protocol.responses import Signature, answer
+from services.protocol.requests import PredictRequest, read_request
+from services.protocol.responses import Signature, respond
 
 pytestmark = pytest.mark.anyio
 
@@ -38,25 +38,25 @@ def picture(width: int, height: int, kind: str = "JPEG", orientation: int = 1) -
     return buffer.getvalue()
 
 
-def image_call(size: tuple[int, int] = (16, 24), *, wants_png: bool = False) -> Call:
-    return Call(np.zeros((1, *SHAPE), np.float32), "image", size=size, wants_png=wants_png)
+def image_call(size: tuple[int, int] = (16, 24), *, wants_png: bool = False) -> PredictRequest:
+    return PredictRequest(np.zeros((1, *SHAPE), np.float32), "image", size=size, wants_png=wants_png)
 
 
 @pytest.fixture
 async def read() -> AsyncIterator[Any]:
     """Posts, and returns the call that was read."""
     app = FastAPI()
-    calls: list[Call] = []
+    calls: list[PredictRequest] = []
     decoders = DecodingPool(1)
 
     @app.post("/")
     async def read_one(request: Request) -> None:
-        calls.append(await read_call(request, SHAPE, decoders, max_body_bytes=10**7))
+        calls.append(await read_request(request, SHAPE, decoders, max_body_bytes=10**7))
 
     transport = httpx.ASGITransport(app)
     async with decoders, httpx.AsyncClient(transport=transport, base_url="http://test") as http:
 
-        async def post(url: str = "/", **question: Any) -> Call:
+        async def post(url: str = "/", **question: Any) -> PredictRequest:
             response = await http.post(url, **question)
             assert response.status_code == 200, response.text
             return calls[-1]
@@ -162,7 +162,7 @@ async def test_several_accept_headers_are_one_list(read: Any) -> None:
 
 @pytest.mark.parametrize("size", [(16, 24), (8, 6), (5, 3), (301, 200)])
 async def test_an_image_is_answered_with_a_mask_of_its_own_size(size: tuple[int, int]) -> None:
-    response = await answer(image_call(size), PROBABILITIES[None], SIGNATURE)
+    response = await respond(image_call(size), PROBABILITIES[None], SIGNATURE)
     assert isinstance(response, Response)
     told = httpx.Response(200, content=bytes(response.body)).json()
     classes = class_map(PROBABILITIES, size)
@@ -177,7 +177,7 @@ async def test_an_image_is_answered_with_a_mask_of_its_own_size(size: tuple[int,
 
 
 async def test_the_png_itself_is_the_same_mask_with_the_same_headers() -> None:
-    response = await answer(image_call(wants_png=True), PROBABILITIES[None], SIGNATURE)
+    response = await respond(image_call(wants_png=True), PROBABILITIES[None], SIGNATURE)
     assert response.headers["Content-Type"] == "image/png"
     assert response.headers["X-Artifact-Id"] == "x"
     assert np.array_equal(decode_mask(bytes(response.body), 2, (16, 24)), class_map(PROBABILITIES, (16, 24)))
@@ -186,13 +186,13 @@ async def test_the_png_itself_is_the_same_mask_with_the_same_headers() -> None:
 async def test_every_class_but_the_first_is_lesion() -> None:
     scores = np.zeros((1, 3, 2, 2), np.float32)
     scores[0, [0, 1, 2, 2], [0, 0, 1, 1], [0, 1, 0, 1]] = 1
-    response = await answer(image_call((2, 2)), scores, SIGNATURE)
+    response = await respond(image_call((2, 2)), scores, SIGNATURE)
     assert b'"lesion_fraction":0.75' in bytes(response.body)
 
 
 async def test_a_classifier_answers_in_json_whatever_is_accepted() -> None:
     answers = [
-        await answer(image_call(wants_png=wants_png), np.float32([[0.25, 0.75]]), SIGNATURE)
+        await respond(image_call(wants_png=wants_png), np.float32([[0.25, 0.75]]), SIGNATURE)
         for wants_png in (True, False)
     ]
     assert answers[0].body == answers[1].body
@@ -201,6 +201,6 @@ async def test_a_classifier_answers_in_json_whatever_is_accepted() -> None:
 
 async def test_masks_are_not_made_of_what_has_no_most_probable_class() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        await answer(image_call(), np.full((1, 2, 8, 6), np.nan, np.float32), SIGNATURE)
+        await respond(image_call(), np.full((1, 2, 8, 6), np.nan, np.float32), SIGNATURE)
     with pytest.raises(Unsupported, match="tensors"):
-        await answer(image_call(), np.ones((1, 300, 8, 6), np.float32), SIGNATURE)
+        await respond(image_call(), np.ones((1, 300, 8, 6), np.float32), SIGNATURE)

@@ -14,7 +14,7 @@ from services.protocol.errors import InvalidInput, Overloaded, UpstreamInvalid
 from services.protocol.images import decode_image
 from services.protocol.mapping import Mapping
 from services.protocol.masks import encode_mask
-from services.protocol.requests import read_call
+from services.protocol.requests import read_request
 from services.protocol.wires.image import encode_upload
 
 URL = "http://victim:8000"
@@ -65,7 +65,7 @@ async def test_the_form_is_what_a_web_framework_reads(channels: int) -> None:
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, str]:
-        seen.append((await read_call(request, (channels, 4, 4), DecodingPool(1), max_body_bytes=10**6)).images)
+        seen.append((await read_request(request, (channels, 4, 4), DecodingPool(1), max_body_bytes=10**6)).images)
         return {}
 
     image = np.random.default_rng(0).random((channels, 4, 4), dtype=np.float32)

@@ -8,9 +8,9 @@ import pytest
 from services.protocol.errors import UpstreamInvalid
 from services.protocol.mapping import Answer
 from services.protocol.masks import encode_mask
-from services.protocol.wires.base import Told
+from services.protocol.wires.base import Scored
 from services.protocol.wires.image import OWN_ANSWER
-from services.protocol.wires.json_responses import read_told
+from services.protocol.wires.json_responses import read_response
 
 
 def masked(classes: np.ndarray, count: int = 2) -> str:
@@ -18,9 +18,9 @@ def masked(classes: np.ndarray, count: int = 2) -> str:
     return base64.b64encode(encode_mask(classes.astype(np.uint8), count)).decode()
 
 
-def read(content: bytes, size: tuple[int, int] = (4, 4)) -> Told:
+def read(content: bytes, size: tuple[int, int] = (4, 4)) -> Scored:
     """An answer in this project's form."""
-    return read_told(content, OWN_ANSWER, None, size=size)
+    return read_response(content, OWN_ANSWER, None, size=size)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_no_answer_to_an_image_is_refused_in_words(answer: bytes, messag
 
 def test_probabilities_need_no_labels_and_outrank_a_mask_which_outranks_a_label() -> None:
     def told(**answer: Any) -> tuple[list[float], tuple[str, ...] | None]:
-        one = read_told(json.dumps(answer).encode(), OWN_ANSWER, None, size=(1, 2))
+        one = read_response(json.dumps(answer).encode(), OWN_ANSWER, None, size=(1, 2))
         return one.scores[0].tolist(), one.labels
 
     assert told(probabilities=[0.25, 0.75]) == ([0.25, 0.75], None)
@@ -119,7 +119,7 @@ def test_what_is_no_mask_of_the_image_is_refused_in_words(answer: str, message: 
 
 
 def mapped(content: Any, known: tuple[str, ...] | None = None, **where: str) -> tuple[Any, tuple[str, ...] | None]:
-    told = read_told(json.dumps(content).encode(), Answer(**where), known, size=(2, 3))
+    told = read_response(json.dumps(content).encode(), Answer(**where), known, size=(2, 3))
     assert told.scores.dtype == np.float32
     assert len(told.scores) == 1
     return told.scores[0].tolist(), told.labels
