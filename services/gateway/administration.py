@@ -5,7 +5,7 @@ The paths exist only with an `--admin-token`, which requests carry as `Authoriza
 """
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, params
@@ -14,11 +14,8 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 
 from services.gateway.defense import Defense
 from services.gateway.requests import errors
-from services.gateway.versions import Versions
+from services.gateway.state import Gateway
 from services.protocol.errors import Unauthorized, Unsupported
-
-CheckModel = Callable[[str], None]
-"""Raises `NotFound` for any name but the model's."""
 
 
 class LoadParameters(BaseModel):
@@ -53,16 +50,23 @@ def operators_only(token: SecretStr) -> params.Depends:
     return dependency
 
 
-def repository_api(versions: Versions, model_name: str, token: SecretStr, check_model: CheckModel) -> APIRouter:
-    """The paths below /v2/repository.
+def usage_api(gateway: Gateway) -> APIRouter:
+    """The path to what every client has spent; for the operator alone where there is a token."""
+    token = gateway.settings.admin_token
+    router = APIRouter(dependencies=[operators_only(token)] if token else [])
 
-    Args:
-        versions: what they work on.
-        model_name: the model's.
-        token: what requests have to carry.
-        check_model: refuses other models' names.
-    """
+    @router.get("/queries")
+    async def queries() -> JSONResponse:
+        """The victim queries of every key, by mode, and what the shadow saw; for the operator."""
+        return JSONResponse(gateway.accounts.snapshot())
+
+    return router
+
+
+def repository_api(gateway: Gateway, token: SecretStr) -> APIRouter:
+    """The paths below /v2/repository, for requests that carry the token."""
     router = APIRouter(prefix="/v2/repository", dependencies=[operators_only(token)])
+    versions, model_name, check_model = gateway.versions, gateway.settings.model_name, gateway.check_model
 
     def told(number: str, state: str) -> dict[str, Any]:
         return {"name": model_name, "version": number, "state": state}

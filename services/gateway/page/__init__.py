@@ -16,15 +16,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from services.admission import Admission
-from services.gateway.accounting import Accounts
-from services.gateway.config import GatewaySettings
-from services.gateway.metrics import Metrics
 from services.gateway.requests import errors, require_room
-from services.gateway.versions import Versions
-from services.keys import Access, KeySent
+from services.gateway.state import Gateway
+from services.keys import KeySent
 from services.protocol import deadlines
-from services.protocol.decoding.pool import DecodingPool
 from services.protocol.errors import InvalidInput, NotFound
 from services.protocol.images import encode_png
 from services.protocol.requests import REQUEST, PredictRequest, read_request
@@ -47,30 +42,13 @@ _IMAGES: Final = (".png", ".jpg", ".jpeg", ".dcm", ".tif", ".tiff")
 _ATTACKED: Final = ".attacked"
 
 
-def page_api(
-    versions: Versions,
-    settings: GatewaySettings,
-    *,
-    access: Access,
-    accounts: Accounts,
-    admission: Admission,
-    metrics: Metrics,
-    decoders: DecodingPool,
-) -> APIRouter:
+def page_api(gateway: Gateway) -> APIRouter:
     """The page's paths.
 
-    Args:
-        versions: the sanitizer at work.
-        settings: the service's.
-        access: who may ask.
-        accounts: where queries are counted.
-        admission: where images in work are counted.
-        metrics: what is known of the victim's answers.
-        decoders: what decodes image files.
-
     Raises:
-        InvalidInput: the folder of samples is none.
+        InvalidInput: the folder of samples is not a folder.
     """
+    settings, access, accounts = gateway.settings, gateway.access, gateway.accounts
     router = APIRouter(include_in_schema=False)
     samples = _samples(settings.page_samples)
 
@@ -105,7 +83,7 @@ def page_api(
     async def state(key: KeySent) -> JSONResponse:
         """How the gateway is, and what this client has spent."""
         client = access.client(key)
-        with versions.current.in_use() as defense:
+        with gateway.current.in_use() as defense:
             account = accounts.of(client.name)
             return JSONResponse(
                 {
@@ -115,7 +93,7 @@ def page_api(
                     "artifact": defense.manifest.name,
                     "modes": list(defense.modes.allowed),
                     "compare": settings.page_compare,
-                    "upstream_ms": metrics.mean_upstream_ms(),
+                    "upstream_ms": gateway.metrics.mean_upstream_ms(),
                     "queries": sum(account.queries.values()),
                     "left": account.left,
                     "shadow": dict(account.shadow) if settings.shadow else None,
@@ -127,8 +105,10 @@ def page_api(
         """An image that a client of this name may have looked at."""
         client = access.client(key)
         deadlines.begin(request, settings.deadline_s)
-        await require_room(request, admission, 1)
-        parsed = await read_request(request, versions.current.shape, decoders, max_body_bytes=settings.max_body_bytes)
+        await require_room(request, gateway.images, 1)
+        parsed = await read_request(
+            request, gateway.current.shape, gateway.decoders, max_body_bytes=settings.max_body_bytes
+        )
         if parsed.form != "image":
             raise InvalidInput("the page is about images; tensors are answered at /predict")
         access.take(client, 1)
@@ -138,7 +118,7 @@ def page_api(
     async def sanitized(request: Request, key: KeySent) -> JSONResponse:
         """The image as the sanitizer sees it, and what it makes of it: PNGs in base64. Costs no query."""
         parsed, _ = await uploaded(request, key)
-        with versions.current.in_use() as defense, admission.admit(1):
+        with gateway.current.in_use() as defense, gateway.images.admit(1):
             after = await deadlines.attended(request, defense.pipeline.sanitize(parsed.images))
         images = {"original": parsed.images[0].clip(0, 1), "sanitized": after[0]}
         told: dict[str, Any] = {name: base64.b64encode(encode_png(image)).decode() for name, image in images.items()}
@@ -152,9 +132,9 @@ def page_api(
             """What the bare model answers; never an answer to anybody's request at /predict."""
             parsed, name = await uploaded(request, key)
             with (
-                versions.current.in_use() as defense,
+                gateway.current.in_use() as defense,
                 accounts.of(name).bill(COMPARE, 1) as bill,
-                admission.admit(1),
+                gateway.images.admit(1),
             ):
                 raw = parsed.images.clip(0, 1)
                 scores = await deadlines.attended(request, defense.pipeline.forward(raw, bill))
