@@ -74,7 +74,7 @@ bench: install ## Ratios, after make demo: gateway and model against alternative
 	$(BIN)/python -m benchmarks.scaling --victim $(OUT)/phantom/victim --pretrained $(OUT)/phantom/pretrained
 
 reference: install ## The API reference, from the docstrings, as HTML below OUT/reference.
-	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory $(OUT)/reference defense services training zo_gateway
+	$(BIN)/python -W error::UserWarning -m pdoc --docformat google --output-directory $(OUT)/reference defense services training
 
 audit: install ## Look the installed packages up in the database of known vulnerabilities.
 	$(BIN)/pip-audit --skip-editable

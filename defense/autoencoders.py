@@ -91,7 +91,7 @@ class LinearAutoencoder(Autoencoder):
 
 
 class ConvAutoencoder(Autoencoder):
-    """A convolutional autoencoder with a spatial code, in which each cell answers for its own window of the image.
+    """A convolutional autoencoder with a spatial code, in which each cell stands for its own window of the image.
 
     Args:
         shape: (C, H, W).
@@ -139,15 +139,9 @@ class ConvAutoencoder(Autoencoder):
 
 
 def build_autoencoder(name: AutoencoderName, shape: tuple[int, int, int], code: int) -> Autoencoder:
-    """Makes an autoencoder by name; "linear" for aligned images, "conv" with a spatial code, for all.
+    """Makes an autoencoder for (C, H, W) images by name: "linear" for aligned ones, "conv" with a spatial code for all.
 
-    Args:
-        name: Which.
-        shape: (C, H, W) of the images.
-        code: d, the numbers in the code ("conv" rounds up to whole channels).
-
-    Raises:
-        ValueError: The code is not smaller than the image.
+    Raises ValueError unless the code, d numbers ("conv" rounds up to whole channels), is smaller than the image.
     """
     if not 1 <= code < torch.Size(shape).numel():
         raise ValueError(f"the code must hold fewer numbers than the image ({torch.Size(shape).numel()}), got {code}")

@@ -135,12 +135,10 @@ def probe(
 ) -> ProbeReport:
     """Asks the victim about a small batch, to learn what it answers, how exactly, and which step that allows.
 
-    Spends `probe_queries(N, needs_differences)` images with the purpose "probe": the clean images and the points; then,
-    of the quarter with the largest loss (a sure victim hardly moves), the points once more, again in another order and
-    grouping, and the difference table along two directions each.
-
-    Fixes on `victim` the number of classes, whether there are pixels behind it, the kind of scores and their rounding,
-    so that every later answer is checked and read accordingly.
+    Spends `probe_queries(N, needs_differences)` images as "probe": the clean images and the points; then, of the
+    quarter with the largest loss (a sure victim hardly moves), the points again in other batches, and the difference
+    table along two directions each. Fixes on `victim` what later answers are checked by: number and kind of scores,
+    their positions and rounding.
 
     Args:
         victim: The metered black box.

@@ -17,15 +17,10 @@ _SMOOTH = 1.0  # pixels added to both sides of the soft Dice, which so is define
 
 
 def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
-    """How far the victim's scores are from its own answers on the clean images.
+    """How far the victim's scores are from its own answers on the clean images, the argmax `targets`.
 
-    Of classes the cross-entropy; of masks the mean cross-entropy of the pixels plus the soft Dice loss (Isensee et al.
-    2021): the first alone would count a lost small lesion as next to nothing.
-
-    Args:
-        scores: (N, K) or (N, K, H, W) probabilities or logits.
-        targets: (N,) or (N, H, W) int64 class indices, the victim's argmax on the clean image.
-        kind: What the scores are.
+    Of classes (N, K) the cross-entropy; of masks (N, K, H, W) the mean cross-entropy of the pixels plus the soft Dice
+    loss (Isensee et al. 2021): the first alone would count a lost small lesion as next to nothing.
 
     Returns:
         (N,) losses, finite; in nats but for the Dice loss, which lies in [0, 1].
@@ -37,18 +32,9 @@ def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
 
 
 def located_loss(scores: Tensor, targets: Tensor, kind: ScoreKind, around: Tensor) -> Tensor:
-    """The stability loss of masks as a sum over pixels, the soft Dice linearised in the probabilities.
+    """The stability loss of masks as losses (N, H, W) of pixels, the soft Dice linearised in the probabilities.
 
-    At the scores `around`, value and gradient of the sum are those of `stability_loss`.
-
-    Args:
-        scores: (N, K, H, W) probabilities or logits.
-        targets: (N, H, W) int64 class indices.
-        kind: What the scores are.
-        around: (N, K, H, W), of the same kind.
-
-    Returns:
-        (N, H, W) losses.
+    At the scores `around`, (N, K, H, W) like `scores`, value and gradient of the sum are those of `stability_loss`.
     """
     pixels = targets[0].numel()
     before, now = _probabilities(around, kind), _probabilities(scores, kind)

@@ -85,10 +85,7 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
 
     Args:
         counts: (K,H,W) integer counts of the same samples at every pixel, K >= 2.
-        alpha: Probability that any of the answers is not the smoothed segmenter's, in (0,1).
-
-    Returns:
-        (H,W) int64 labels, on the CPU.
+        alpha: Probability that any of the (H,W) int64 answers is not the smoothed segmenter's, in (0,1).
 
     Raises:
         ValueError: As `certify_mask_counts`.

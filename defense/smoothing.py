@@ -47,13 +47,8 @@ class Certificate:
 def lower_bound(hits: int, n: int, alpha: float) -> float:
     """One-sided Clopper-Pearson bound: below the true probability in at least a share 1 - alpha of all experiments.
 
-    Args:
-        hits: Successes, 0 <= hits <= n.
-        n: Trials, at least 1.
-        alpha: Probability of failure, in (0,1).
-
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: alpha is not in (0,1), n is below 1, or hits are not between 0 and n.
     """
     check_alpha(alpha)
     if n < 1 or not 0 <= hits <= n:
@@ -108,10 +103,7 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
 
 
 def count_votes(scores: Tensor) -> Tensor:
-    """How many of N answers have each class as their largest score, at every pixel if they have pixels.
-
-    Args:
-        scores: (N,K) or (N,K,H,W), finite.
+    """How many of (N,K) or (N,K,H,W) finite scores have each class as their largest.
 
     Returns:
         (K,) or (K,H,W) int64 counts that sum to N over K, on the scores' device.
@@ -136,9 +128,9 @@ def sample_counts(
     """Counts the base classifier's answers to `n` noisy copies of one image.
 
     Args:
-        classifier: The base classifier.
+        classifier: The base classifier, called with at most `batch` copies.
         image: (C,H,W) float32.
-        n: Number of copies, at least 1.
+        n: Number of copies.
         sigma: Standard deviation of the noise, in units of [0,1].
         generator: Source of the noise, which is drawn on the generator's device.
         batch: Copies in one call of the classifier.
@@ -147,7 +139,7 @@ def sample_counts(
         (K,) or (K,H,W) int64 counts that sum to n over K, on the CPU.
 
     Raises:
-        InvalidAnswer: The classifier's answer is no finite (N,K) or (N,K,H,W) tensor with K >= 2, or changes its shape.
+        InvalidAnswer: The answer is no finite (N,K) or (N,K,H,W) tensor with K >= 2, or changes its shape.
         ValueError: n or batch is below 1.
     """
     if n < 1 or batch < 1:

@@ -52,11 +52,7 @@ class Loss:
     located: Callable[[Points], Tensor] | None = None
 
     def surrogate_gradient(self, z: Tensor) -> Tensor:
-        """(N, *shape) gradient of each image's surrogate loss at its point.
-
-        Raises:
-            ValueError: There is no surrogate.
-        """
+        """(N, *shape) gradient of each image's surrogate loss at its point; raises ValueError without a surrogate."""
         if self.surrogate is None:
             raise ValueError("this estimator needs a surrogate of the black box, and the loss has none")
         with torch.enable_grad():

@@ -36,15 +36,10 @@ class Directions(Protocol):
 def sample_directions(
     count: int, directions: int, dimension: int, sampling: Sampling, generator: torch.Generator
 ) -> Tensor:
-    """Draws N sets of q random directions u, scaled so that E[u u^T] = I / d: (N, q, d) float32.
+    """Draws (N, q, d) float32: `count` sets of random directions u of R^d, scaled so that E[u u^T] = I / d.
 
-    Args:
-        count: N.
-        directions: q.
-        dimension: d.
-        sampling: "sphere": independent, uniform on the unit sphere. "gaussian": independent, N(0, I / d).
-            "orthonormal": mutually orthogonal within a set, each uniform on the sphere.
-        generator: On the CPU.
+    "sphere": independent, uniform on the unit sphere. "gaussian": independent, N(0, I / d). "orthonormal": mutually
+    orthogonal within a set, each uniform on the sphere. The generator is on the CPU.
 
     Raises:
         ValueError: More orthonormal directions than dimensions.
@@ -105,11 +100,7 @@ class Subspace:
 
 
 def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
-    """The lowest frequencies of an image, by the type-II discrete cosine transform.
-
-    Args:
-        shape: (C, H, W).
-        side: Frequencies along each axis.
+    """The `side` lowest frequencies along each axis of (C, H, W) images, by the type-II discrete cosine transform.
 
     Returns:
         (C side^2, C H W) orthonormal rows, the lowest frequencies first.

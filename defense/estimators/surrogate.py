@@ -79,13 +79,10 @@ class Extrapolation:
 
 
 def trusted_factor(measured: Tensor, known: Tensor) -> Tensor:
-    """Least squares beta = sum g.h / sum |h|^2; 0 where the products g.h are not positive by two standard errors.
+    """Least squares beta = sum g.h / sum |h|^2 of (..., N, d) measured vectors g on known ones h.
 
-    So a surrogate that knows nothing changes nothing (docs/theory.md, formula 6).
-
-    Args:
-        measured: (..., N, d) vectors g.
-        known: (..., N, d) vectors h.
+    0 where the products g.h are not positive by two standard errors, so that a surrogate that knows nothing changes
+    nothing (docs/theory.md, formula 6).
     """
     products = (measured * known).sum(-1)
     total = products.sum(-1)
