@@ -1,5 +1,7 @@
 """The exact gradient, for white boxes: the upper bound that no black-box method can know."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from defense.errors import DefenseError
 from defense.estimators.base import Estimate, Loss, Points
 
 
+@dataclass(frozen=True)
 class ExactGradient:
     """First-order training (FO-DS, FO-AE-DS; Salman et al. 2020): automatic differentiation through the open model.
 

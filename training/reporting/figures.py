@@ -103,7 +103,7 @@ def _figure(lines: Sequence[tuple[str, int, str, list[Point]]], x: str, y: str, 
                 label=name,
             )
         axes.set(xlabel=x, ylabel=y, ylim=(0, 100))
-        axes.legend(fontsize=8.5, handlelength=3.2)
+        figure.legend(loc="outside right center", fontsize=8.5, handlelength=3.2)  # "best" is slow, and warns of it
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -44,25 +44,44 @@ def microseconds(value: object) -> dict[str, Any]:
     return {"json": {"inputs": [entry], "parameters": {"timeout": value}}}
 
 
-@pytest.mark.parametrize("question", [lambda: patient("0.2"), lambda: microseconds(200_000), None])
-async def test_the_nearest_deadline_ends_the_work_and_frees_it(question: Callable[[], dict[str, Any]] | None) -> None:
-    upstream = Hangs()
-    own = 0.2 if question is None else 60.0
-    async with gateway(upstream, deadline_s=own, max_queue=2, usage=True) as http:
-        asked = tensor_request(images(2)) if question is None else question()
-        assert_error(await http.post("/predict", **asked), 504, "time that this request has is over")
-        assert upstream.left_alone.is_set()
-        # No image is in work any more: a request that the queue holds only when it is empty is let in again.
-        assert_error(await http.post("/predict", **patient("0.2")), 504, "over")
-        assert (await http.get("/queries")).json()["queries"]["sanitize"] >= 3, "what was sent stays counted"
+PATIENCE_S = (0.2, 2.0, 20.0)
+"""On a busy machine the shorter ones may be over before the victim is asked: then the next is tried."""
 
 
-async def test_what_is_left_travels_to_the_victim() -> None:
-    upstream = Hangs()
-    async with gateway(upstream) as http:
-        for question, most in ((patient("0.3"), 0.3), (microseconds(250_000), 0.25)):
+@pytest.mark.parametrize("kind", ["header", "parameter", "own"])
+async def test_the_nearest_deadline_ends_the_work_and_frees_it(kind: str) -> None:
+    for seconds in PATIENCE_S:
+        upstream = Hangs()
+        asked = {
+            "header": patient(str(seconds)),
+            "parameter": microseconds(int(seconds * 1e6)),
+            "own": tensor_request(images(2)),
+        }[kind]
+        own = seconds if kind == "own" else 60.0
+        async with gateway(upstream, deadline_s=own, max_queue=2, usage=True) as http:
+            assert_error(await http.post("/predict", **asked), 504, "time that this request has is over")
+            first, first_left_alone = upstream.asked.is_set(), upstream.left_alone.is_set()
+            upstream.asked.clear()
+            # No image is in work any more: a request that the queue holds only when it is empty is let in again.
+            assert_error(await http.post("/predict", **patient(str(seconds))), 504, "over")
+            if first and upstream.asked.is_set():
+                assert first_left_alone
+                assert (await http.get("/queries")).json()["queries"]["sanitize"] >= 3, "what was sent stays counted"
+                return
+    pytest.fail("the victim was never asked")
+
+
+@pytest.mark.parametrize("kind", ["header", "parameter"])
+async def test_what_is_left_travels_to_the_victim(kind: str) -> None:
+    for seconds in PATIENCE_S:
+        upstream = Hangs()
+        async with gateway(upstream) as http:
+            question = patient(str(seconds)) if kind == "header" else microseconds(int(seconds * 1e6))
             await http.post("/predict", **question)
-            assert 0 < float(upstream.headers[HEADER]) <= most
+        if upstream.asked.is_set():
+            assert 0 < float(upstream.headers[HEADER]) <= seconds
+            return
+    pytest.fail("the victim was never asked")
 
 
 @pytest.mark.parametrize("seconds", ["", "0", "-1", "1e3", "soon", "٣", "nan", "1" * 12])
