@@ -110,6 +110,9 @@ def main() -> int:
     parser.add_argument("--pretrained", type=Path, required=True, help="what training.pretrain wrote")
     parser.add_argument("--images", type=cli.positive_int, default=256, help="validation images (default 256)")
     parser.add_argument("--sigma", type=cli.positive_float, default=0.25, help="of the noise (default 0.25)")
+    parser.add_argument(
+        "--students", type=cli.positive_int, nargs="+", default=[5_000, 20_000], help="answers that each learns from"
+    )
     parser.add_argument("--student-steps", type=cli.positive_int, default=2400, help="of each student (default 2400)")
     parser.add_argument("--out", type=Path, default=Path("artifacts/estimators"), help="stem of the files")
     return cli.run(_run, parser)
@@ -136,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
             queries: learn_surrogate(
                 image, splits.train.images, queries, arguments.student_steps, arguments.sigma, arguments.seed
             )
-            for queries in (5_000, 20_000)
+            for queries in arguments.students
         }
         code = Bench("code", parts["denoiser+autoencoder"], victim, noisy, targets)
         for finding in (*image_estimators(image, surrogates), *code_estimators(code)):

@@ -64,7 +64,7 @@ def draw(findings: list[Finding], path: Path) -> None:
             )
         axes.set(title=f"at the {border}", xlabel="victim queries an image and step", xscale="log", ylim=(0, 1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", title="window in cells")
+        axes.legend(loc="upper left", fontsize="small", title="window in cells")
     panels[0][0].set_ylabel("median cosine with an image's true gradient")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

@@ -31,14 +31,16 @@ def main() -> int:
     add("--data", default="phantom", help="as of zo_fit (default phantom)")
     add("--rate", type=cli.positive_float, default=800.0, help="images a second of each victim (default 800)")
     add("--steps", type=cli.positive_int, nargs=2, default=[2, 14], help="few and many (default 2 14)")
+    add("--processes", type=cli.positive_int, nargs="+", default=[1, 2], help="trainers at one run (default 1 2)")
+    add("--victims", type=cli.positive_int, nargs="+", default=[1, 2], help="replicas (default 1 2)")
     add("--flags", default="--sanitizer denoiser --batch 64 --directions 20", help="of zo_fit")
     return cli.run(_measure, parser, None)
 
 
 def _measure(arguments: argparse.Namespace) -> int:
     lines, base = [["processes", "victims", "queries/s", "ratio"]], 0.0
-    for processes in (1, 2):
-        for victims in (1, 2):
+    for processes in arguments.processes:
+        for victims in arguments.victims:
             with ExitStack() as stack, TemporaryDirectory() as folder:
                 paced = ["--model", str(arguments.victim), "--rate", f"{arguments.rate:g}"]
                 logs = [Path(folder) / f"paced-{number}.log" for number in range(victims)]

@@ -93,7 +93,7 @@ def draw_directions() -> Figure:
             right.plot(counts, cosines, mark, color=colour, markersize=5, fillstyle="none")
     left.set(xscale="log", yscale="log", xlabel="directions q", ylabel="squared error / |g|²", ylim=(5e-3, 300))
     right.set(xscale="log", xlabel="directions q", ylabel="mean cosine with g", ylim=(0, 1.04))
-    left.legend()
+    left.legend(loc="lower left")
     left.set_title(f"error, d = {DIMENSION}", fontsize=9)
     right.set_title("cosine: √(q/(q+d−1)) and √(q/d)", fontsize=9)
     return figure

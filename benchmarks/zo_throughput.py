@@ -26,6 +26,7 @@ from services.protocol.client import HTTPVictim
 from training.command.subprocesses import service
 from training.fit.config import FitConfig
 from training.fit.trainer import Trainer
+from training.victim.in_process import InProcessVictim
 
 
 class Timed:
@@ -64,20 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    model, _ = load_victim(arguments.model)
-
-    @torch.inference_mode()
-    def in_process(images: Tensor) -> Tensor:
-        scores: Tensor = model(images).softmax(1)
-        return scores
-
+    model, config = load_victim(arguments.model)
+    here = InProcessVictim(model, config.labels, torch.device("cpu"))
     flags = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
     with (
         TemporaryDirectory() as folder,
         service("services.hospital", flags, Path(folder) / "hospital.log") as url,
         HTTPVictim([url]) as over_http,
     ):
-        kinds = {"in process": Timed(_with_threads(in_process, arguments.threads)), "over HTTP": Timed(over_http)}
+        kinds = {"in process": Timed(_with_threads(here, arguments.threads)), "over HTTP": Timed(over_http)}
         trainers = {kind: _trainer(victim, arguments, Path(folder) / kind) for kind, victim in kinds.items()}
         total = dict.fromkeys(kinds, 0.0)
         for round_number in range(-1, arguments.rounds):
@@ -117,8 +113,8 @@ def _trainer(victim: Victim, arguments: argparse.Namespace, folder: Path) -> Tra
     sanitizer = load_artifact(arguments.artifact).sanitizer.requires_grad_(True)
     shape = sanitizer.config.input.dimensions
     images = torch.rand(256, *shape, generator=torch.Generator().manual_seed(0))
-    metered = MeteredVictim(victim, QueryLedger())
-    metered.kind = "probabilities"
+    positions = tuple(victim(images[:1]).shape[2:])
+    metered = MeteredVictim(victim, QueryLedger(), kind="probabilities", positions=positions)
     config = FitConfig(batch=arguments.batch, learning_rate=1e-6, validate_every=1, checkpoint_every=1)
     estimator = RandomGradientEstimator(arguments.directions, mu=0.005)
     return Trainer(sanitizer, metered, estimator, images, images[:1], config, folder, {})
