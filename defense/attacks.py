@@ -77,21 +77,17 @@ def craft(
     seed: int = 0,
     batch: int = 128,
 ) -> Tensor:
-    """Crafts adversarial images.
+    """Crafts adversarial images (N,C,H,W) float32 in [0,1]; a minimum-norm attack leaves those as they are that hold.
 
     Args:
         name: A key of `ATTACKS`.
-        model: Differentiable, in evaluation mode, (N,C,H,W) in [0,1] -> logits (N,K) or (N,K,H,W). It is left as it
-            was: no gradient is stored in its parameters.
+        model: Differentiable, in evaluation mode, (N,C,H,W) -> logits (N,K) or (N,K,H,W); no gradient is left in it.
         images: (N,C,H,W) float32 in [0,1], on the model's device.
         labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
         epsilon: Radius in the attack's norm, in units of [0,1]; None for a minimum-norm attack, and only then.
         steps: Gradient steps; the table's when None.
         seed: Seed of the random starts. The global generator of torch is left as it was.
         batch: Images attacked together. With a seed it determines the random starts.
-
-    Returns:
-        (N,C,H,W) float32 in [0,1]. A minimum-norm attack returns an image unchanged where it found nothing.
 
     Raises:
         ValueError: A name that is unknown or not for such labels, an epsilon that is missing, superfluous or negative,
@@ -157,18 +153,9 @@ def _objective(model: nn.Module, labels: Tensor, weigh_over: int | None) -> Obje
 
 
 def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
-    """Sizes of the perturbations that a minimum-norm attack found.
+    """L2 norms (N,), in units of [0,1], of the perturbations that a minimum-norm attack on a model found.
 
-    Args:
-        model: What was attacked, (N,C,H,W) -> logits (N,K) or (N,K,H,W).
-        images: (N,C,H,W), the originals.
-        adversarials: (N,C,H,W), what the attack returned.
-        labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
-        batch: Images in one forward pass.
-
-    Returns:
-        (N,) float32 L2 norms in units of [0,1]; 0 where the original was already misclassified or lost, inf where the
-        attack found nothing.
+    They are 0 where the original was answered wrongly, or lost, already, and inf where the attack found nothing.
     """
     with torch.no_grad():
         answers = torch.cat([model(part).argmax(dim=1) for part in torch.split(adversarials, batch)])
@@ -188,9 +175,9 @@ def scaled_norms(
     """How far perturbations made for one classifier must be scaled until another one errs too.
 
     Each image is moved to clip(image + k * (adversarial - image)) for k = 1, 2, 4, ... up to `furthest`, until the
-    classifier's answer is wrong; then k is halved in between the last right and the first wrong answer. The final
-    answer was wrong, so its norm is an upper bound on the smallest perturbation that fools this classifier. It is
-    nothing more: the direction is an oblivious attacker's, and an adaptive attack may need far less.
+    answer is wrong; then k is halved `halvings` times between the last right and the first wrong answer. The result is
+    an upper bound on the smallest perturbation that fools this classifier, and nothing more: the direction is an
+    oblivious attacker's, and an adaptive attack may need far less.
 
     Args:
         classifier: (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W); it only answers, no gradients are asked for.
@@ -198,11 +185,11 @@ def scaled_norms(
         adversarials: (N,C,H,W), made for another classifier.
         labels: (N,) or (N,H,W) int64, the right answers; a mask is wrong where it is lost.
         furthest: Largest factor k, at least 1.
-        halvings: Bisections after the first wrong answer; the last interval is 2^-halvings of the first.
+        halvings: Bisections after the first wrong answer.
 
     Returns:
-        (N,) float32 L2 norms of the clipped perturbation at which the answer is wrong; 0 where it is wrong without
-        any, inf where it stays right up to `furthest` or where there is no perturbation to scale.
+        (N,) float32 L2 norms of the clipped perturbation at which the answer is wrong; 0 where it is wrong without any,
+        inf where it stays right, or where there is no perturbation to scale.
     """
     directions = adversarials - images
 

@@ -26,21 +26,10 @@ def auto_pgd(
     seed: int = 0,
     batch: int = 128,
 ) -> Tensor:
-    """Crafts adversarial images.
+    """Crafts adversarial images (N,C,H,W) float32 in [0,1], in the norm "linf" or "l2"; arguments are those of `craft`.
 
-    Args:
-        norm: "linf" or "l2".
-        model: As `defense.attacks.craft` takes it.
-        images: (N,C,H,W) float32 in [0,1], on the model's device.
-        labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
-        epsilon: Radius, in units of [0,1], above 0.
-        steps: Gradient steps.
-        seed: Of the random start. The global generator of torch is left as it was.
-        batch: Images attacked together.
-
-    Returns:
-        (N,C,H,W) float32 in [0,1]: of a class an image that is answered wrongly, where one was passed, else the one of
-        the largest cross-entropy; of a mask the one of the least Dice.
+    Returned is of a class an image that is answered wrongly, where one was passed, else the one of the largest cross-
+    entropy; of a mask the one of the least Dice. `epsilon` is above 0.
     """
     crafted = []
     with undisturbed(model, images.device, seed):

@@ -18,16 +18,7 @@ SEVERITIES: Final = (1, 2, 3)
 
 
 def corrupt(name: str, images: Tensor, severity: int, seed: int = 0) -> Tensor:
-    """Changes images in one way.
-
-    Args:
-        name: A key of `CORRUPTIONS`.
-        images: (N,C,H,W) float32 in [0,1].
-        severity: One of `SEVERITIES`.
-        seed: Of noise.
-
-    Returns:
-        (N,C,H,W) float32 in [0,1].
+    """Changes images (N,C,H,W) float32 in [0,1] in one way, a key of `CORRUPTIONS`; `seed` is that of noise.
 
     Raises:
         ValueError: There is no such kind or severity.

@@ -52,11 +52,7 @@ class Inquiry:
         self._trail: list[tuple[Tensor, Tensor, Tensor]] = []  # owners, L2 distances, agreements
 
     def __call__(self, images: Tensor, owners: Tensor) -> Tensor:
-        """Asks about changed images.
-
-        Args:
-            images: (M,C,H,W).
-            owners: (M,) which of the originals each is; none twice.
+        """Asks about changed images (M,C,H,W), each of another original, whose indices are `owners` (M,).
 
         Returns:
             (M,) margins, above 0 while the answer holds: of a class its probability less the largest other one; of a

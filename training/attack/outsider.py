@@ -31,7 +31,7 @@ class Outsider:
         endpoint: The gateway.
         images: (N,C,H,W) float32 in [0,1], on the CPU.
         labels: (N,) true classes or (N,H,W) true masks.
-        own: (M,C,H,W) other images of the kind, without labels: what the student is taught with.
+        own: (M,C,H,W) unlabelled images of the kind: what the student is taught with.
         queries: Most queries an image for each run of an attack.
         student_queries: Queries for the student; 0: there is none.
         student_steps: Its optimiser steps.

@@ -21,18 +21,10 @@ _WORSE: Final = 0.3
 def attacked_samples(
     victim: InProcessVictim, chosen: ImageSet, names: Sequence[str], *, epsilon: float, each: int, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs of images (C,H,W) in 256 levels that PGD on the bare victim makes it answer worse.
+    """Pairs of images (C,H,W) in 256 levels, as they are and attacked, by names such as "glioma-1".
 
-    Args:
-        victim: The bare victim.
-        chosen: The images to try.
-        names: Of the classes.
-        epsilon: L-inf size of the attack, in units of [0,1].
-        each: At most so many of each class.
-        seed: Of the attack.
-
-    Returns:
-        The image as it is and attacked, by a name such as "glioma-1"; none where no attack succeeds.
+    The attack is PGD on the bare victim, of an L-inf size in units of [0,1]; of each class there are at most `each`
+    images that it makes the victim answer worse.
     """
     images, labels, device = _rounded(chosen.images), chosen.labels, victim.device
     crafted = craft("pgd", victim.model, images.to(device), labels.to(device), epsilon, seed=seed)

@@ -31,16 +31,8 @@ def certify_images(
 ) -> list[ClassLine | MaskLine]:
     """Certifies what an output file lacks, adding a line an image as soon as it is known.
 
-    Of several processes each takes an image at a time, and the first one writes.
-
-    Args:
-        classifier: The base classifier.
-        chosen: The images.
-        indices: The place of each in its split.
-        path: The output file; see `open_output`, also for the errors.
-        settings: What determines its lines.
-        batch: Noisy images made at once.
-        team: The processes that share the images.
+    Of several processes each takes an image at a time, and the first one writes. `indices` are the images' places in
+    their split; `batch` noisy images are made at once. Raises as `open_output`.
 
     Returns:
         The lines of all images, in their order.
@@ -65,18 +57,10 @@ def certify_images(
 def certify_class(
     classifier: BaseClassifier, image: Tensor, label: int, index: int, settings: Settings, *, batch: int = 1024
 ) -> Certificate:
-    """`defense.smoothing.certify` of one image, with noise that depends on seed and index alone.
+    """`defense.smoothing.certify` of one image (C,H,W), with noise that depends on seed and index alone.
 
     With `settings.stop_early` the n samples are spared where most of the n0 samples are not of the true class. A
     deployed classifier does not know that class; this only spares work on images that would count as wrong anyway.
-
-    Args:
-        classifier: The base classifier.
-        image: (C,H,W) float32.
-        label: The true class.
-        index: The image's place in its split.
-        settings: Noise and samples.
-        batch: Noisy images made at once.
     """
 
     def hopeless(selection: Tensor) -> bool:

@@ -149,12 +149,9 @@ _MASK_LINE = TypeAdapter(MaskLine)
 
 
 def open_output(path: Path, settings: Settings) -> dict[int, ClassLine | MaskLine]:
-    """Prepares an output file: begins it, or reads what an earlier run left.
+    """Prepares an output file: begins it, or returns the lines that an earlier run left, by index.
 
     A last line without its end (the earlier run was killed while it wrote) is cut off; a first one begins anew.
-
-    Returns:
-        The lines that are there already, by index.
 
     Raises:
         UserError: The file is no such output, or was written with other settings. It is left as it is.

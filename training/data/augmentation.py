@@ -23,14 +23,10 @@ _FRAME_DRAWS: Final = 8  # random numbers a frame, besides one a colour
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Varies pose and contrast as between two scanners: flip, rotation, scale, shift, contrast, each image its own.
+    """Varies images (N,C,H,W) in [0,1] as between two scanners: flip, rotation, scale, shift and contrast.
 
-    Args:
-        images: (N,C,H,W) in [0,1].
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        (N,C,H,W) in [0,1], black where the new frame shows what the old one did not.
+    Each image varies by itself. Where the new frame shows what the old one did not, it is black. The generator is on
+    the CPU.
     """
     draws = _draws(6, len(images), generator).to(images.device)
     grid = _grid(images, draws[0] * _MAX_ANGLE, 1 + draws[1] * _MAX_SCALE, draws[2], draws[3:5] * _MAX_SHIFT)
@@ -41,16 +37,15 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def augment_frames(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Varies pose and light as between two endoscopes: any of the square's eight symmetries, and small changes.
 
-    Small are rotation, scale, shift, contrast about the image's mean, brightness and tint.
+    Small are rotation, scale, shift, contrast about the image's mean, brightness and tint. The generator is on the CPU.
 
     Args:
         images: (N,C,S,S) in [0,1].
         masks: (N,S,S) int64 classes of the pixels.
-        generator: Source of randomness, on the CPU.
+        generator: Source of randomness.
 
     Returns:
-        Images (N,C,S,S) in [0,1] and masks (N,S,S) int64 of the same pose: black, and of class 0, where the new frame
-        shows what the old one did not.
+        Images and masks of the same pose: black, and of class 0, where the new frame shows what the old one did not.
     """
     count, channels = images.shape[:2]
     draws = _draws(_FRAME_DRAWS + channels, count, generator).to(images.device)
@@ -76,17 +71,10 @@ def _draws(kinds: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _grid(images: Tensor, angle: Tensor, scale: Tensor, side: Tensor, shift: Tensor) -> Tensor:
-    """Where each pixel of the new frame is in the old one.
+    """Where each pixel of the new frame is in the old one, (N,H,W,2), for `grid_sample`.
 
-    Args:
-        images: (N,C,H,W), of which only the shape counts.
-        angle: (N,) in radians.
-        scale: (N,) by which the new frame is wider than the old one.
-        side: (N,) mirrored where negative.
-        shift: (2,N) to the right and downwards, in halves of the side.
-
-    Returns:
-        (N,H,W,2), for `grid_sample`.
+    `angle` (N,) is in radians, `scale` (N,) how much wider the new frame is, `side` (N,) negative where it is mirrored,
+    `shift` (2,N) to the right and downwards in halves of the side; of the images only the shape counts.
     """
     flip = torch.where(side < 0, -1.0, 1.0)
     cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale

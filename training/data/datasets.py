@@ -133,18 +133,15 @@ def load_splits(
     seed: int = 0,
     published_test: bool = False,
 ) -> Splits:
-    """Loads a data set in splits that are free of leaks.
+    """Loads a data set in splits that are free of leaks; the same arguments and content always give the same ones.
 
     Args:
         data: A folder in one of the layouts above, or "phantom".
-        task: What to do with the images; None: what the folder's layout tells, and classification for phantoms.
+        task: None: what the folder's layout tells, and classification for phantoms.
         size: Height and width in pixels.
         channels: 1 for grey, 3 for RGB; None: 1 to classify, 3 to segment.
         seed: Which groups go where, and which phantoms are drawn.
         published_test: Keep the `Testing` folder as the test split.
-
-    Returns:
-        The splits; the same arguments and content always give the same ones.
 
     Raises:
         UserError: The folder is missing, has no such layout or another task's, holds an unreadable image, or too few

@@ -48,15 +48,13 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def duplicate_groups(thumbs: Tensor, threshold: float = THRESHOLD) -> npt.NDArray[np.int64]:
-    """Finds the groups of near-duplicates.
+    """Finds the groups of near-duplicates: (N,) group numbers, from 0, in order of each group's first image.
+
+    Flat images, whose correlation is undefined, are near-duplicates of each other and of nothing else.
 
     Args:
         thumbs: (N,h,w), from `thumbnails`.
         threshold: Pearson correlation above which two images are near-duplicates.
-
-    Returns:
-        (N,) group numbers, from 0, in order of each group's first image. Flat images, whose correlation is
-        undefined, are near-duplicates of each other and of nothing else.
     """
     count = len(thumbs)
     vectors = _unit_vectors(thumbs.flatten(1))

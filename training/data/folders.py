@@ -64,11 +64,7 @@ class Contents:
 
 
 def task_of(root: Path, told: Task | None) -> Task:
-    """The task that a folder's layout tells: masks beside images are there to segment by.
-
-    Args:
-        root: The folder.
-        told: What --task says, if anything.
+    """The task that a folder's layout tells: masks beside images are there to segment by; `told` is what --task says.
 
     Raises:
         UserError: There is no such folder, or its layout contradicts --task.
@@ -104,12 +100,7 @@ def read_some(root: Path, task: Task, size: int, channels: int, count: int) -> T
 
 
 def read_classes(root: Path, size: int, channels: int) -> Contents:
-    """Reads `Training/<class>/*` with or without `Testing/<class>/*`, or one folder a class.
-
-    Args:
-        root: The folder.
-        size: Height and width of the images wanted.
-        channels: 1 for grey, 3 for RGB.
+    """Reads `Training/<class>/*` with or without `Testing/<class>/*`, or one folder a class, as `size` x `size` images.
 
     Raises:
         UserError: The folder has no such layout, or holds an unreadable image.
@@ -137,16 +128,10 @@ def read_classes(root: Path, size: int, channels: int) -> Contents:
 
 
 def read_masks(root: Path, size: int, channels: int) -> Contents:
-    """Reads `images/*` with `masks/*` of the same names but for the ending, as Kvasir-SEG ships.
+    """Reads `images/*` with `masks/*` of the same names but for the ending, as Kvasir-SEG ships, at `size` x `size`.
 
-    A pixel belongs to the lesion where the mask, resized as the image is, is more than half white. The threshold comes
-    after the resizing: it then asks whether a lesion covers most of the pixel, and is deaf to what a JPEG adds around
-    the outline; resizing what was cut before would move the outline by up to a pixel.
-
-    Args:
-        root: The folder.
-        size: Height and width of images and masks wanted.
-        channels: 1 for grey, 3 for RGB.
+    A pixel belongs to the lesion where the resized mask is more than half white: whether a lesion covers most of the
+    pixel. A threshold before the resizing would move the outline by up to a pixel, and keep what JPEG adds around it.
 
     Raises:
         UserError: An image or a mask has no partner, two share one, one is unreadable, or they differ in size.

@@ -40,21 +40,12 @@ class _Draws:
 
 
 def brain_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Draws brain-like slices.
+    """Draws brain-like slices (N,1,S,S) float32 in [0,1], in 256 levels, and labels (N,) numbered as `BRAIN_LABELS`.
 
     A head with skull, folded cortex, white matter and ventricles, in a random contrast, pose, bias field and noise.
     Gliomas are irregular, inside the brain, with a bright rim, a dark core and swelling around; meningiomas are even
     and sit on the skull; pituitary tumours are small and even, in the midline at the base. Vessels and other bright
-    spots that mean nothing are in all classes.
-
-    Args:
-        count: How many; the classes take turns.
-        size: Height and width in pixels.
-        seed: Which set.
-        first: Index of the first image.
-
-    Returns:
-        Images (N,1,S,S) float32 in [0,1], in 256 levels, and labels (N,) int64 in the order of `BRAIN_LABELS`.
+    spots are in all classes, which take turns from index `first` on.
     """
     labels = torch.arange(first, first + count) % len(BRAIN_LABELS)
     chunks = []
@@ -67,19 +58,10 @@ def brain_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0)
 
 
 def polyp_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Draws polyp-like endoscopy frames, one polyp each.
+    """Draws endoscopy-like frames (N,3,S,S) float32 in [0,1], in 256 levels, and masks (N,1,S,S), 1 on the polyp.
 
     Reddish folded mucosa in uneven light with highlights and dark corners; the polyp is a bulge, often little different
-    in colour, with a shaded side.
-
-    Args:
-        count: How many.
-        size: Height and width in pixels.
-        seed: Which set.
-        first: Index of the first image.
-
-    Returns:
-        Images (N,3,S,S) float32 in [0,1], in 256 levels, and masks (N,1,S,S) float32, 1 on the polyp and 0 elsewhere.
+    in colour, with a shaded side. `first` is the index of the first frame.
     """
     images, masks = [torch.zeros(0, 3, size, size)], [torch.zeros(0, size, size)]
     for start in range(0, count, _CHUNK):

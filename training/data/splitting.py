@@ -17,16 +17,13 @@ def assign_splits(
     held_out: npt.NDArray[np.bool_] | None,
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """Decides which image goes to which split, by whole groups.
+    """Decides by whole groups, and by the seed, which image goes to which split: TRAIN, VALIDATION, TEST or DROPPED.
 
     Args:
         groups: (N,) near-duplicate group of each image.
         labels: (N,) label of each image.
-        held_out: (N,) True where an image belongs to a published test set; None without one.
+        held_out: (N,) whether an image belongs to a published test set; None without one.
         seed: Which groups go where.
-
-    Returns:
-        (N,) TRAIN, VALIDATION, TEST or DROPPED.
     """
     rng = np.random.default_rng(seed)
     result = np.full(len(groups), TRAIN, dtype=np.int64)

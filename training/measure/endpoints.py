@@ -61,13 +61,7 @@ def connect(url: str) -> AbstractContextManager[Endpoint]:
 
 
 def identify(endpoint: Endpoint, url: str, image: Tensor, labels: Sequence[str]) -> Identity:
-    """Asks an endpoint what it is, with one image.
-
-    Args:
-        endpoint: A client of the service at `url`.
-        url: Its address, for messages.
-        image: (C,H,W) float32 in [0,1].
-        labels: The class names of the data, in order.
+    """Asks the service at `url` what it is, with one image (C,H,W) in [0,1] and the data's class names.
 
     Raises:
         UserError: Nothing is ready there, its classes are not the data's, or its answer has an unknown form.

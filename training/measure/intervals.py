@@ -27,10 +27,7 @@ def bootstrap_interval(
         seed: Seed of the resampling.
 
     Returns:
-        (low, high), order statistics of the resampled ones, and so never interpolated towards inf.
-
-    Raises:
-        ValueError: There are no values.
+        (low, high), order statistics, and so never interpolated towards inf.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -51,19 +48,15 @@ def nested_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean over seeds and images, or of the difference to a paired reference.
 
-    Every resample draws images once, for all seeds and for the reference too, because all were measured on the same
-    ones, and draws seeds, for values and reference apart. With one seed it is the interval over images alone; with a
-    few seeds it still understates how much seeds differ.
+    Every resample draws images once, for all seeds and the reference, which were measured on the same ones, and draws
+    seeds, for values and reference apart. With a few seeds it still understates how much seeds differ.
 
     Args:
         values: (S,n) one number a seed and image, S and n at least 1.
-        reference: (T,n) another method's, on the same images; the difference is values - reference.
+        reference: (T,n) another method's; the difference is values - reference.
         level: Coverage, in (0,1).
         resamples: Number of bootstrap samples.
         seed: Seed of the resampling.
-
-    Raises:
-        ValueError: There are no values, or the reference is of another number of images.
     """
     if values.size == 0 or (reference is not None and reference.shape[1:] != values.shape[1:]):
         raise ValueError("an interval needs values, and a reference on the same images")

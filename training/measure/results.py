@@ -25,26 +25,24 @@ NO_DEFENSE = "none"
 
 @dataclass(frozen=True)
 class Row:
-    """One number, and all that is needed to know what it means.
+    """One measured number, and all that is needed to know what it means.
 
     Attributes:
         dataset: "brain_mri", "phantom" or a folder's name.
         task: "classification" or "segmentation".
         split: "test" or "validation".
-        attack: A name of `defense.attacks.ATTACKS`, "none" for clean images, "certificate" for certified accuracy;
-            `training.redteam`'s begin with "adaptive", "outsider" or "corruption".
+        attack: A name of `defense.attacks.ATTACKS`, "none", "certificate"; `training.redteam`'s begin with "adaptive",
+            "outsider" or "corruption".
         norm: "linf", "l2", "severity" (of corruptions), or "none".
-        epsilon: Size of the perturbation, or certified radius, in units of [0,1], or severity; None where there is no
-            bound.
+        epsilon: Size of the perturbation or certified radius, in units of [0,1], or severity; None: there is no bound.
         defense: Name of the defense; `NO_DEFENSE` for the bare victim.
-        metric: "accuracy", "dice", "iou", "dice_small" (lesions under a twentieth of the image), or "certified_...";
-            "abstained" (share of pixels), "median_l2", "median_l2_scaled", ...
-        value: The number; a share for accuracies and the like. None stands for "beyond everything tried" (an infinite
-            median).
+        metric: "accuracy", "dice", "iou", "dice_small" (small lesions), "certified_..."; "abstained" (share of pixels),
+            "median_l2", ...
+        value: A share for accuracies and the like; None: infinite.
         n: Images it was measured on.
-        queries: Victim queries spent to learn the defense; 0 for none.
-        seed: Seed of the command that measured it.
-        low: Lower end of the 95% bootstrap interval over the images; None where unknown or infinite.
+        queries: Victim queries spent to learn the defense.
+        seed: Of the command that measured it.
+        low: Lower end of the 95% bootstrap interval over the images; None: unknown or infinite.
         high: Upper end of it.
     """
 

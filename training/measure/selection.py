@@ -29,15 +29,8 @@ def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> t
 def stratified_order(labels: Tensor, limit: int | None, seed: int) -> list[int]:
     """A deterministic order of images of which every beginning has about the classes' proportions.
 
-    A smaller limit gives a beginning of what a larger one gives, so that work on few images can be continued.
-
-    Args:
-        labels: (N,) int64.
-        limit: At most so many indices; all N when None.
-        seed: Seed of the order within each class.
-
-    Returns:
-        Distinct indices into `labels`.
+    A smaller limit gives a beginning of what a larger one gives, so that work on few images can be continued. `labels`
+    are (N,) int64; returned are at most `limit` distinct indices.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels.tolist()):

@@ -20,22 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 def fit(model: nn.Module, task: VictimTask, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
-    """Trains the model in place and leaves it as it was at its best epoch.
+    """Trains the model, on `device`, in place, leaves it as it was at its best epoch, and returns that epoch, from 1.
 
     AdamW with a one-cycle learning rate. What is validated and kept is the exponential average of the weights over the
-    last hundred steps or so: the weights themselves swing by many per cent from one epoch to the next. The best epoch
-    is that of the highest validation score, of several the one with the lowest validation loss.
-
-    Args:
-        model: On `device`.
-        task: What it is trained for.
-        splits: The test part is not looked at.
-        epochs: Passes over the training images.
-        seed: Order of the images and augmentation.
-        device: Where to train.
-
-    Returns:
-        The best epoch, from 1.
+    last hundred steps or so: the weights themselves swing by many per cent between epochs. The best epoch has the
+    highest validation score, of several the lowest validation loss. The test split is not looked at.
     """
     generator = torch.Generator().manual_seed(seed)
     images, labels = splits.train.images.to(device), splits.train.labels.to(device)

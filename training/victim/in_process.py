@@ -69,16 +69,11 @@ class InProcessVictim:
 
 @contextmanager
 def in_process(folder: Path, device: torch.device, splits: Splits) -> Iterator[InProcessVictim]:
-    """Loads the victim in `folder`; a context manager, as a client over HTTP is.
-
-    Args:
-        folder: What `training.victim_fit` wrote.
-        device: Where it runs.
-        splits: What it will be asked about; a victim that was trained on others is told.
+    """Loads the victim that `training.victim_fit` wrote in a folder; warns where it was trained on other splits.
 
     Raises:
         VictimFileError: There is no victim.
-        UserError: It takes other images.
+        UserError: It takes other images than those of `splits`.
     """
     model, config = load_victim(folder)
     if tuple(splits.test.images.shape[1:]) != (config.channels, *config.size):
@@ -93,15 +88,10 @@ def in_process(folder: Path, device: torch.device, splits: Splits) -> Iterator[I
 
 
 def refuse_another_victim(path: Path, endpoint: Endpoint, images: Tensor) -> None:
-    """Knows a victim again, at whatever address, by its scores on a few images, which are kept in a file.
-
-    Args:
-        path: That file; made where it is not there yet.
-        endpoint: The victim.
-        images: (N,C,H,W), of which the first ones are always the same.
+    """Recognises a victim, at whatever address, by its scores on the first of the images, kept in a file that it makes.
 
     Raises:
-        UserError: It is another one.
+        UserError: It is another victim than the file's.
     """
     with torch.no_grad():
         scores = endpoint(images[:_PROBES]).cpu()
