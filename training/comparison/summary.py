@@ -14,7 +14,7 @@ from training.comparison.claims import locked
 from training.comparison.config import CompareConfig
 from training.comparison.runs import Group, read_groups
 from training.measure.intervals import nested_interval
-from training.measure.results import Row, replace_rows, score_row
+from training.measure.results import Row, measured_row, replace_rows
 from training.measure.scoring import ACCURACY, DICE, TITLES
 
 CLAIM = "compare.json"
@@ -81,9 +81,12 @@ def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fix
             if hits is None:
                 continue
             metric = fixed["metric"] if radius is None else f"certified_{fixed['metric']}"
+            what: dict[str, Any] = {"metric": metric}
+            if radius is not None:
+                what |= {"attack": "certificate", "norm": "l2", "epsilon": radius}
             for record, values in zip(group.records, hits, strict=True):
                 mine = {"defense": group.run.method, "queries": record.queries, "seed": record.run.seed}
-                rows.append(score_row(values.tolist(), **{**fixed, **mine, "metric": metric}, radius=radius))
+                rows.append(measured_row(values, **{**fixed, **mine, **what}))
             low, high = nested_interval(hits)
             last = rows[-1]
             mean = replace(last, metric=f"mean_{last.metric}", value=float(hits.mean()), low=low, high=high)

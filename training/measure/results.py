@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -147,18 +147,6 @@ def measured_row(
         low=finite(low),
         high=finite(high),
     )
-
-
-def score_row(values: Sequence[float], *, radius: float | None = None, **shared: Any) -> Row:
-    """The row of a mean over images, clean or certified.
-
-    Args:
-        values: One number an image, at least one; 1 and 0 for right and wrong.
-        radius: At which certified L2 radius they hold; None: clean, without a certificate.
-        shared: The other arguments of `measured_row`.
-    """
-    attack, norm = ("none", "none") if radius is None else ("certificate", "l2")
-    return measured_row(values, attack=attack, norm=norm, epsilon=radius, **shared)
 
 
 def finite(value: float) -> float | None:

@@ -22,9 +22,11 @@ class WireOptions(TypedDict):
     mapping: Mapping | None
 
 
-class ClientOptions(WireOptions):
+class ClientOptions(TypedDict):
     """Arguments of `HTTPVictim`."""
 
+    wire: WireName
+    mapping: Mapping | None
     batch: int
     in_flight: int
     patience_s: float

@@ -6,7 +6,7 @@ import pytest
 
 from training.command.errors import UserError
 from training.measure.intervals import bootstrap_interval
-from training.measure.results import Row, align, format_table, read_rows, replace_rows, score_row, write_rows
+from training.measure.results import Row, align, format_table, measured_row, read_rows, replace_rows, write_rows
 
 ROW = Row(
     dataset="phantom",
@@ -115,11 +115,11 @@ def test_rows_are_replaced_whatever_was_there(tmp_path: Path) -> None:
 def test_row_of_hits_is_their_share_with_its_interval() -> None:
     hits = [True, True, False, True] * 10
     common = {"dataset": "d", "task": "classification", "split": "test", "defense": "x", "queries": 3, "seed": 2}
-    row = score_row(hits, **common, metric="certified_accuracy", radius=0.25)
+    row = measured_row(hits, **common, metric="certified_accuracy", attack="certificate", norm="l2", epsilon=0.25)
     assert (row.attack, row.norm, row.epsilon, row.metric) == ("certificate", "l2", 0.25, "certified_accuracy")
     assert (row.value, row.n, row.queries, row.seed) == (0.75, 40, 3, 2)
     assert (row.low, row.high) == bootstrap_interval([float(hit) for hit in hits], seed=2)
-    clean = score_row(hits, **common, metric="accuracy")
+    clean = measured_row(hits, **common, metric="accuracy")
     assert (clean.attack, clean.norm, clean.epsilon, clean.metric) == ("none", "none", None, "accuracy")
 
 
