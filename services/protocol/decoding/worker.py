@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -52,6 +53,8 @@ def main() -> None:
     module, _, name = decoder.partition(":")
     decode = getattr(importlib.import_module(module), name)
     limit_memory(memory)
+    if sys.platform == "linux":  # short of memory, the kernel is to end this process and not the service
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(1, 2)  # libraries in C print there what files say
     with socket.socket(fileno=0) as connection:
@@ -65,10 +68,9 @@ def main() -> None:
 
 
 def limit_memory(extra: int) -> None:
-    """Lets this process have so many bytes of address space more than it has now; only where the kernel tells."""
+    """Lets this process have so many bytes of address space more than it has now; on Linux only."""
     if sys.platform == "linux":
-        with open("/proc/self/statm") as file:  # noqa: PTH123 - before pathlib is needed
-            now = int(file.read().split()[0]) * resource.getpagesize()
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + extra, now + extra))
 
 
