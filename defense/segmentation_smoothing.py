@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from defense.errors import InvalidAnswer
@@ -72,6 +71,8 @@ def certify_mask_counts(
     labels = selection.argmax(0)
     hits = estimation.gather(0, labels.unsqueeze(0)).squeeze(0).cpu().numpy()
     # H0: the class has a probability of at most tau. It is rejected where so many hits would be too unlikely.
+    from scipy.stats import binom
+
     p_values = binom.sf(hits - 1, n, tau)
     certain = torch.from_numpy(holm(p_values.ravel(), alpha).reshape(hits.shape))
     return MaskCertificate(torch.where(certain, labels.cpu(), ABSTAIN), radius, n0 + n)
@@ -94,6 +95,8 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
     _samples(counts)
     lead = torch.topk(counts.cpu(), 2, dim=0)
     first, second = lead.values.numpy()
+    from scipy.stats import binom
+
     p_values = 2 * binom.sf(first - 1, first + second, 0.5)  # two-sided, as either class could have led
     certain = torch.from_numpy(p_values <= alpha / p_values.size)
     return torch.where(certain, lead.indices[0], ABSTAIN)

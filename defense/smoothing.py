@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import beta, binomtest, norm
 from torch import Tensor
 
 from defense.errors import InvalidAnswer
@@ -53,11 +52,15 @@ def lower_bound(hits: int, n: int, alpha: float) -> float:
     check_alpha(alpha)
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(f"hits must lie between 0 and n >= 1, got {hits} of {n}")
+    from scipy.stats import beta  # takes as long to import as all of the gateway but PyTorch
+
     return 0.0 if hits == 0 else float(beta.ppf(alpha, hits, n - hits + 1))
 
 
 def certified_radius(p_lower: float, sigma: float) -> float:
     """Theorem 1: sigma * Phi^-1(p_lower), the runner-up bounded by 1 - p_lower; 0 for p_lower <= 1/2."""
+    from scipy.stats import norm
+
     return sigma * float(norm.ppf(p_lower)) if p_lower > 0.5 else 0.0
 
 
@@ -97,6 +100,8 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
     """
     check_alpha(alpha)
     first, second = torch.topk(counts, 2).values.tolist()
+    from scipy.stats import binomtest
+
     if binomtest(first, first + second, 0.5).pvalue > alpha:
         return ABSTAIN
     return int(counts.argmax())

@@ -9,24 +9,18 @@ Every flag has an environment variable: GATEWAY_ARTIFACT, GATEWAY_VICTIM_URL, ..
 import sys
 from collections.abc import Sequence
 
-from fastapi import FastAPI
-
-from defense.errors import DefenseError
-from services.gateway.app import make_gateway
-from services.gateway.config import GatewaySettings
-from services.gateway.repository import Repository
-from services.server import run_service
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service until it is told to end."""
-    return run_service(GatewaySettings, _build, argv, errors=(DefenseError,))
+    # Here, so that something is said before PyTorch is imported, which takes seconds.
+    from defense.errors import DefenseError
+    from services.gateway.app import load_gateway
+    from services.gateway.config import GatewaySettings
+    from services.server import run_service
 
-
-def _build(settings: GatewaySettings) -> FastAPI:
-    repository = Repository(settings.artifact)
-    return make_gateway(repository.load(settings.artifact_version), settings, repository=repository)
+    return run_service(GatewaySettings, load_gateway, argv, errors=(DefenseError,))
 
 
 if __name__ == "__main__":
+    print("gateway: loading ...", file=sys.stderr, flush=True)
     sys.exit(main())

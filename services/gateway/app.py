@@ -61,3 +61,14 @@ def make_gateway(
     if settings.admin_token is not None:
         app.include_router(repository_api(gateway, settings.admin_token))
     return app
+
+
+def load_gateway(settings: GatewaySettings) -> FastAPI:
+    """The application around the version of the artifact that the settings name.
+
+    Raises:
+        ArtifactError: there is none, or it cannot be loaded.
+        ServiceError: as `make_gateway`.
+    """
+    repository = Repository(settings.artifact)
+    return make_gateway(repository.load(settings.artifact_version), settings, repository=repository)

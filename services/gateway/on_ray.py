@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from defense.errors import DefenseError
-from services.gateway.app import make_gateway
+from services.gateway.app import load_gateway
 from services.gateway.config import GatewaySettings
 from services.gateway.repository import Repository
 from services.protocol.errors import ServiceError
@@ -70,8 +70,7 @@ def application(settings: RayGatewaySettings) -> "Application":
     def build() -> FastAPI:
         """Runs in each replica."""
         prepare(settings)
-        repository = Repository(settings.artifact)
-        return make_gateway(repository.load(settings.artifact_version), settings, repository=repository)
+        return load_gateway(settings)
 
     deployment = serve.deployment(
         name="gateway",

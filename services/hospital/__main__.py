@@ -9,16 +9,18 @@ Every flag has an environment variable: HOSPITAL_MODEL, HOSPITAL_PORT, ...
 import sys
 from collections.abc import Sequence
 
-from services.hospital.app import make_hospital
-from services.hospital.config import HospitalSettings
-from services.hospital.model import load_victim
-from services.server import run_service
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service until it is told to end."""
+    # Here, so that something is said before PyTorch is imported, which takes seconds.
+    from services.hospital.app import make_hospital
+    from services.hospital.config import HospitalSettings
+    from services.hospital.model import load_victim
+    from services.server import run_service
+
     return run_service(HospitalSettings, lambda settings: make_hospital(*load_victim(settings.model), settings), argv)
 
 
 if __name__ == "__main__":
+    print("hospital: loading ...", file=sys.stderr, flush=True)
     sys.exit(main())
