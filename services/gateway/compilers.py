@@ -22,7 +22,7 @@ from services.protocol.errors import ServiceError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["torch", "bfloat16", "compile", "onnxruntime", "openvino"]
+Kind = Literal["torch", "onnxruntime", "openvino"]
 RuntimeName = Literal["auto", Kind]
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -31,7 +31,7 @@ TOLERANCE: Final = 0.5 / 255
 """Most that a pixel in [0,1] may differ from PyTorch's: what rounding to 8 bits does."""
 
 _AUTO: Final[tuple[Kind, ...]] = ("openvino", "onnxruntime")
-"""What is tried beside PyTorch: neither what takes a minute to start (compile), nor what never agreed (bfloat16)."""
+"""What is tried beside PyTorch."""
 
 _NEEDS: Final[Mapping[Kind, tuple[str, ...]]] = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
@@ -67,7 +67,7 @@ def load_runtime(name: RuntimeName, sanitizer: nn.Module, shape: tuple[int, int,
             are installed, take the network and agree; on other devices PyTorch.
         sanitizer: the module; it is moved to the device.
         shape: (C,H,W) of its images.
-        device: where it runs; for all but "torch" and "compile" the CPU.
+        device: where it runs; for all but "torch" the CPU.
 
     Raises:
         ServiceError: the runtime that was named is not installed, does not run on this device, cannot take this
@@ -112,7 +112,7 @@ def open_runtime(kind: Kind, sanitizer: nn.Module, shape: tuple[int, int, int], 
     """
     if not is_installed(kind):
         raise ServiceError(f"--runtime {kind} needs {', '.join(_NEEDS[kind])}: pip install 'zo-gateway[runtimes]'")
-    if device.type != "cpu" and kind not in ("torch", "compile"):
+    if device.type != "cpu" and kind != "torch":
         raise ServiceError(f"--runtime {kind} runs on the CPU, not on {device}")
     sanitizer.to(device).to(memory_format=torch.channels_last).eval()
     try:
@@ -167,23 +167,6 @@ def _torch(sanitizer: Run, _shape: tuple[int, int, int], device: torch.device) -
     return run
 
 
-def _bfloat16(sanitizer: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Run:
-    run = _torch(sanitizer, shape, device)
-
-    def run_mixed(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return run(images)
-
-    return run_mixed
-
-
-def _compile(sanitizer: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Run:
-    run = _torch(torch.compile(sanitizer, dynamic=True), shape, device)
-    for images in (2, 1):  # it compiles when it is first run, and once more for one image
-        run(_probe(images, shape))
-    return run
-
-
 def _onnxruntime(sanitizer: nn.Module, shape: tuple[int, int, int], _device: torch.device) -> Run:
     import onnxruntime
 
@@ -226,8 +209,6 @@ def _openvino(sanitizer: nn.Module, shape: tuple[int, int, int], _device: torch.
 
 _OPEN: Final[Mapping[Kind, Callable[[nn.Module, tuple[int, int, int], torch.device], Run]]] = {
     "torch": _torch,
-    "bfloat16": _bfloat16,
-    "compile": _compile,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }

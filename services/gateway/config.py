@@ -50,7 +50,7 @@ class GatewaySettings(ServiceSettings):
     runtime: RuntimeName = Field(
         "auto",
         description="what computes the sanitizer: auto (of those installed the fastest that agrees with torch), torch, "
-        "bfloat16, compile, onnxruntime or openvino (pip install 'zo-gateway[runtimes]')",
+        "onnxruntime or openvino (pip install 'zo-gateway[runtimes]')",
     )
     in_flight: int = Field(16, ge=1, description="most requests to the victim at once")
 
