@@ -6,16 +6,6 @@ import sys
 import pytest
 
 HEAVY = ("scipy", "torchvision", "torch._dynamo", "sympy", "onnxruntime", "openvino", "ray", "pydicom")
-    "scipy",
-    "torchvision",
-    "torch._dynamo",
-    "sympy",
-    "onnxruntime",
-    "openvino",
-    "ray",
-    "pydicom",
-    "opentelemetry.sdk",
-)
 """For certified answers, VGG victims, compilers, Ray Serve and DICOM only."""
 
 
