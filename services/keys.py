@@ -50,7 +50,7 @@ class Rate:
     Attributes:
         images_per_second: in the long run; None: any number.
         burst: at once, after a pause. A larger request is let in after a pause too, and paid off before the next one: a
-            bound on the rate is none on the size.
+            bound on the rate does not bound the size.
     """
 
     images_per_second: float | None = None
@@ -211,18 +211,13 @@ KeySent = Annotated[str | None, Depends(_sent)]
 
 
 def make_key(name: str, rate: float | None = None, burst: int | None = None) -> tuple[str, str]:
-    """Makes a key.
-
-    Args:
-        name: the client's.
-        rate: images a second; None: the service's.
-        burst: images at once; None: a second's.
+    """Makes a key for a client, with its own rate and burst if they are given.
 
     Returns:
         The key, and the table for the file of keys, which does not tell it.
 
     Raises:
-        InvalidInput: the name is none, or the numbers make no rate.
+        InvalidInput: the name is invalid, or the numbers are not a rate.
     """
     key = secrets.token_urlsafe(32)
     fields = {"sha256": _digest(key), "images_per_second": rate, "burst": burst}

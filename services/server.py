@@ -95,11 +95,7 @@ class ServiceSettings(BaseSettings):
 
 
 def access_of(settings: ServiceSettings, name_of: Callable[[str | None], str]) -> Access:
-    """Who may ask a service with these settings, and how fast.
-
-    Args:
-        settings: the service's.
-        name_of: the client that a key belongs to, where there is no file of keys and it is a name alone.
+    """Who may ask a service, and how fast; `name_of` names the clients where there is no file of keys.
 
     Raises:
         InvalidInput: the file of keys cannot be used.

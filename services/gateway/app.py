@@ -67,7 +67,7 @@ def load_gateway(settings: GatewaySettings) -> FastAPI:
     """The application around the version of the artifact that the settings name.
 
     Raises:
-        ArtifactError: there is none, or it cannot be loaded.
+        ArtifactError: there is no artifact, or it cannot be loaded.
         ServiceError: as `make_gateway`.
     """
     repository = Repository(settings.artifact)

@@ -45,7 +45,7 @@ class Defense:
         signature: who answers, but for the classes' names.
 
     Raises:
-        ServiceError: a URL or the mapping is none, the device of the settings cannot be used, or a mode could never
+        ServiceError: a URL or the mapping is invalid, the device of the settings cannot be used, or a mode could never
             answer anything.
     """
 

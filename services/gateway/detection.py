@@ -5,7 +5,7 @@ refused. Its answers do not say that it was suspected: an attacker could look fo
 help telling.
 
 An attacker who spreads over many keys, waits for windows to end, or moves images about by more than the radius between
-queries (Feng et al. 2023, OARS) is seen late or not at all: this makes attacks dearer, and impossible it makes none.
+queries (Feng et al. 2023, OARS) is seen late or not at all: this makes attacks dearer, not impossible.
 """
 
 import asyncio

@@ -47,17 +47,10 @@ class Meeting:
 
 
 def fingerprints(images: Array) -> Fingerprints:
-    """The fingerprints of images.
+    """The fingerprints (N, SIDE * SIDE) in [0,1] of images (N,C,H,W), whose values are clipped to [0,1].
 
     Means over squares keep what the eye sees and lose most of what is added pixel by pixel. Brightness stays in: images
     that differ by it alone are different questions to ordinary clients too.
-
-    Args:
-        images: (N,C,H,W); values outside [0,1] are clipped, as no image has them.
-
-    Returns:
-        (N, SIDE * SIDE) in [0,1]. The distance of two of them, as `History` takes it, is the root of the mean square of
-        their difference.
     """
     # Products with narrow matrices, not PyTorch's pooling: its threads would take the sanitizer's cores.
     grey = images.clip(0, 1).mean(axis=1)
@@ -118,7 +111,7 @@ class History:
         return Meeting(int(self._counts[group]), is_new, float(self._since[group]) + self._window_s - now)
 
     def _group(self, coarse: Fingerprints, now: float) -> int:
-        """The group that a fingerprint in steps of 1/255 belongs to, made if there is none."""
+        """The group that a fingerprint in steps of 1/255 belongs to, made if need be."""
         known = self._met > -np.inf
         # |p - c|^2 = |p|^2 - 2 p.c + |c|^2. Exact: a product of two prints is a whole number below 2^24.
         square = float(coarse @ coarse)

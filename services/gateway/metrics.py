@@ -76,14 +76,7 @@ class Metrics:
         return 1000 * samples["sum"] / samples["count"] if samples["count"] else None
 
     def answered(self, mode: Mode, images: int, votes: int, abstained: float) -> None:
-        """Counts the answer to a request.
-
-        Args:
-            mode: how it was found.
-            images: how many there were.
-            votes: noisy copies that voted.
-            abstained: images without an answer; of masks, the sum of their shares of abstaining pixels.
-        """
+        """Counts the answer to a request; `abstained` images have none (of masks, the sum of abstaining shares)."""
         self._images.labels(mode).inc(images)
         self._votes.labels(mode).inc(votes)
         self._abstained.labels(mode).inc(abstained)

@@ -67,7 +67,7 @@ class Pipeline:
         runtime: what computes the sanitizer.
 
     Raises:
-        ServiceError: a URL or the mapping is none, or the device or the runtime of the settings cannot be used.
+        ServiceError: a URL or the mapping is invalid, or the device or the runtime of the settings cannot be used.
     """
 
     def __init__(

@@ -101,12 +101,7 @@ OptionsSent = Annotated[Options, Depends(options)]
 
 
 async def require_room(request: Request, queue: Admission, images: int) -> None:
-    """Refuses what the queue has no room for before it is looked at, but once its body has come.
-
-    Raises:
-        Overloaded: there is none.
-        ServiceError: as `discard_body`.
-    """
+    """Raises Overloaded if the queue has no room for the images, once the body has come and before it is read."""
     try:
         queue.check(images)
     except Overloaded:

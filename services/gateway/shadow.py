@@ -97,7 +97,7 @@ def disagreements(first: Array, second: Array, least_dice: float) -> int:
 
     Two answers of one class an image differ where the classes do. Two masks differ where their Dice is below
     `least_dice`: 2 |A and B| / (|A| + |B|), A and B the pixels with a class other than 0, and A and B those where it is
-    the same; 1 where there are none at all.
+    the same; 1 if both masks are empty.
 
     Args:
         first: scores (N,K) or (N,K,H,W).

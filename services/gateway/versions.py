@@ -192,7 +192,7 @@ def _stored_images(folder: Path | None, shape: tuple[int, int, int]) -> Array | 
     """The images of a folder, (N,C,H,W), in the order of their names; None without a folder.
 
     Raises:
-        InvalidInput: there are none, too many, or a file is no image.
+        InvalidInput: there are no images, too many, or a file is not an image.
     """
     if folder is None:
         return None

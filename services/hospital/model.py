@@ -86,14 +86,7 @@ class VictimConfig(BaseModel):
 
 
 def build_victim(config: VictimConfig) -> nn.Module:
-    """Builds an untrained victim.
-
-    Args:
-        config: Its shape.
-
-    Returns:
-        A module that maps images (N,C,H,W) float32 in [0,1] to logits, (N,K) of a classifier and (N,K,H,W) of a
-        segmenter; normalisation is its first layer.
+    """Builds an untrained victim: images (N,C,H,W) float32 in [0,1] to logits, (N,K) or, of a segmenter, (N,K,H,W).
 
     Raises:
         ServiceError: A segmenter needs MONAI, and it is not installed.
@@ -104,12 +97,7 @@ def build_victim(config: VictimConfig) -> nn.Module:
 
 
 def victim_bytes(model: nn.Module, config: VictimConfig) -> bytes:
-    """What a victim's file holds; `load_victim` reads it.
-
-    Args:
-        model: What `build_victim(config)` built, trained.
-        config: Its configuration.
-    """
+    """The content of a victim's file, which `load_victim` reads; `model` is what `build_victim` built, trained."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     return save(state, metadata={"format": FORMAT, "config": config.model_dump_json()})
 

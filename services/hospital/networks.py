@@ -98,14 +98,9 @@ def segmenter(channels: int, classes: int, *, width: float) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Folds batch normalisations into their convolutions; the function stays the same up to rounding.
+    """Folds batch normalisations into their convolutions, in place; the function stays the same up to rounding.
 
-    Args:
-        model: One of the above, in evaluation mode; changed in place. In both networks what is registered after a
-            convolution is what its output goes to.
-
-    Returns:
-        The model.
+    In both networks, in evaluation mode, what is registered after a convolution is what its output goes to.
     """
     leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
     for (conv_name, conv), (norm_name, norm) in pairwise(leaves):

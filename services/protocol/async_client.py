@@ -49,7 +49,7 @@ class AsyncVictimClient:
         transport: in place of the network, for tests.
 
     Raises:
-        InvalidInput: a URL is none, or they and the wire do not go together.
+        InvalidInput: a URL is invalid, or the URLs and the wire do not go together.
         ValueError: a number is out of range.
     """
 

@@ -51,13 +51,7 @@ def check_shape(shape: object, name: str) -> tuple[int, ...]:
 
 
 def from_bytes(data: memoryview, shape: tuple[int, ...], datatype: str, what: str) -> npt.NDArray[Any]:
-    """A read-only view of the bytes as an array, without a copy.
-
-    Args:
-        data: exactly the tensor.
-        shape: a shape that `check_shape` accepted.
-        datatype: a key of `DTYPES`.
-        what: names the tensor in messages.
+    """A read-only view of a tensor's bytes as an array of a checked shape, without a copy; `what` names it in messages.
 
     Raises:
         InvalidInput: the number of bytes does not fit, or a BOOL is neither 0 nor 1.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def observe_nothing(_route: str, _status: int, _seconds: float) -> None:
-    """Takes no notice."""
+    """Ignores the request."""
 
 
 def request_id() -> str | None:
@@ -73,12 +73,7 @@ def make_handler(form: LogFormat) -> logging.Handler:
 
 
 def set_up(level: str, form: LogFormat) -> None:
-    """Sends the logs of this process to stderr.
-
-    Args:
-        level: the least severe to be logged.
-        form: how lines look.
-    """
+    """Sends the logs of this process, from that level on, to stderr."""
     logging.basicConfig(level=level.upper(), handlers=[make_handler(form)])
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

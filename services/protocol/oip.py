@@ -163,12 +163,7 @@ def decode_request(body: bytes, json_length: int | None, *, raw: RawInput | None
 
 
 def decode_response(body: bytes, json_length: int | None, *, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
-    """Decodes an answer into its outputs by name.
-
-    Args:
-        body: all of the body, uncompressed.
-        json_length: what `header_length` read.
-        only: the output to decode; others, whatever their datatype, are passed over. None: all.
+    """Decodes an answer into its outputs by name; with `only`, others are passed over whatever their datatype.
 
     Raises:
         InvalidInput: the message is malformed.

@@ -79,7 +79,7 @@ class Replica:
             health: path at the same host that answers whether it is ready, if it is not the protocol's.
 
         Raises:
-            InvalidInput: it is none.
+            InvalidInput: the URL is invalid.
         """
         is_name = isinstance(url, str) and url.startswith(_BY_NAME)
         try:

@@ -31,7 +31,7 @@ def read_scores(
 
 
 def checked_scores(told: npt.NDArray[np.generic], asked: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """What a victim answered to images, as scores; raises UpstreamInvalid where it is none.
+    """What a victim answered to images, as scores; raises UpstreamInvalid if it is not scores.
 
     Many segmenters answer with one plane, the probability of their only foreground class: p becomes (1 - p, p). Only
     probabilities do: of a value outside [0,1] nobody knows what it is.

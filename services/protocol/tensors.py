@@ -56,7 +56,7 @@ def encode_tensors(tensors: Sequence[tuple[Tensor, bool]]) -> tuple[list[dict[st
 def parameters_of(owner: dict[str, Any], what: str) -> dict[str, Any]:
     """The `parameters` of a message, a tensor or an output (`what`, for the error); empty: it has none."""
     parameters = owner.get("parameters")
-    if parameters is None:  # null, as KServe's Python server says it, is none
+    if parameters is None:  # KServe's Python server says null
         return {}
     if not isinstance(parameters, dict):
         raise InvalidInput(f"'parameters' of {what} must be an object")
