@@ -103,7 +103,7 @@ def square(
         epsilon: Radius, in units of [0,1].
         chosen: (M,) indices of the images to attack; all when None.
         to_the_end: Go on where an answer is wrong already, to make it worse: for masks, of which some are worse.
-        seed: The global generator of torch is left as it was.
+        seed: Seed; the global generator of torch is left as it was.
     """
     owners = torch.arange(len(inquiry.images)) if chosen is None else chosen
     if not len(owners):

@@ -60,9 +60,8 @@ class Insider:
     def attacked(self, norm: str, epsilon: float) -> dict[str, Tensor]:
         """(N,) scores under every attack of one size, by its name.
 
-        `pgd` follows the exact gradient, `pgd-twice` from another random start and for twice the steps, `pgd-bpda` the
-        gradient that passes the sanitizer as if it did nothing, `pgd-transfer` that of the bare victim; `apgd` chooses
-        its steps by itself.
+        `pgd` follows the exact gradient, `pgd-twice` from another start and for twice the steps, `pgd-bpda` passes the
+        sanitizer as if it did nothing, `pgd-transfer` is made for the bare victim; `apgd` chooses its steps by itself.
         """
         plans = {"pgd": ("exact", self._steps, self._seed), "pgd-twice": ("exact", 2 * self._steps, self._seed + 1)}
         plans |= {f"pgd-{name}": (name, self._steps, self._seed) for name in self._models if name != "exact"}

@@ -26,8 +26,8 @@ class Settings:
         n0: Samples that choose the class.
         n: Samples that bound its probability.
         alpha: Probability that a certificate is wrong.
-        seed: Seed of split and noise; every image has its own stream, whichever others are certified.
-        stop_early: Whether images that the n0 samples show to be lost were spared the n samples.
+        seed: Of split and noise.
+        stop_early: Whether the n samples were spared where the n0 samples show the image to be lost.
         tau: Share of the samples that has to agree on a pixel's class; None for classes of whole images.
     """
 

@@ -43,14 +43,7 @@ def certificate_table(lines: Lines, radii: Sequence[float], settings: Settings) 
 
 
 def certificate_rows(lines: Lines, radii: Sequence[float], settings: Settings, queries: int) -> list[Row]:
-    """The rows of every radius: accuracy, or Dice, IoU and the share of abstaining pixels.
-
-    Args:
-        lines: An image each.
-        radii: L2.
-        settings: Of the certificates.
-        queries: Victim queries spent to learn the defense.
-    """
+    """Rows of every radius: accuracy, or Dice, IoU and abstaining pixels; `queries` were spent to learn the defense."""
     row = partial(
         measured_row,
         dataset=settings.dataset,

@@ -45,7 +45,7 @@ class Contents:
     Attributes:
         classes: Names of the classes, in the order of their numbers.
         images: (N,C,H,W) float32 in [0,1].
-        labels: (N,) int64 class of each image, or (N,H,W) int64 class of each pixel.
+        labels: (N,) int64 class of each image, or (N,H,W) of each pixel.
         names: Each image's path below the folder.
         strata: (N,) in what proportions the splits should agree: the class, or whether the lesion is small.
         held_out: (N,) whether the image belongs to a published test set.

@@ -9,13 +9,6 @@ SMALL_LESION: Final = 0.05
 
 
 def small_lesions(masks: Tensor) -> Tensor:
-    """Tells in which images there is a lesion, but a small one.
-
-    Args:
-        masks: (N,H,W) int64 true classes.
-
-    Returns:
-        (N,) bool: the foreground covers less than `SMALL_LESION` of the image, and something.
-    """
+    """(N,) whether masks (N,H,W) show a lesion of less than `SMALL_LESION` of the image."""
     share = (masks != 0).float().mean((1, 2))
     return (share > 0) & (share < SMALL_LESION)

@@ -26,14 +26,9 @@ def main_score(answers: Tensor, labels: Tensor) -> Tensor:
 
 
 def scores(answers: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """All metrics, each with one float64 number for every image that it is about, the main one first.
+    """All metrics of answers (N,) or (N,H,W), the main one first: float64, a number for each image concerned.
 
-    Args:
-        answers: (N,) classes or (N, H, W) masks.
-        labels: The right ones.
-
-    Returns:
-        "accuracy"; or "dice" and "iou", and "dice_small" for the images whose lesion is small, if there are any.
+    "accuracy"; or "dice" and "iou", and "dice_small" for the images whose lesion is small, if there are any.
     """
     found = {main_metric(labels): main_score(answers, labels)}
     if labels.ndim > 1:

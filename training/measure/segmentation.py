@@ -7,30 +7,14 @@ from torch import Tensor
 
 
 def dice(answers: Tensor, masks: Tensor) -> Tensor:
-    """Dice coefficient 2 |A and B| / (|A| + |B|) of each image.
-
-    Args:
-        answers: (N,H,W) int64 classes of a model.
-        masks: (N,H,W) int64 true classes.
-
-    Returns:
-        (N,) float32 in [0,1]; 1 where both are empty.
-    """
+    """Dice coefficients 2 |A and B| / (|A| + |B|) of classes (N,H,W), (N,) float32 in [0,1]; 1 where both are empty."""
     from monai.metrics import compute_dice  # takes seconds, and most that import this module need no metric
 
     return compute_dice(_foreground(answers), _foreground(masks), ignore_empty=False).squeeze(1)
 
 
 def iou(answers: Tensor, masks: Tensor) -> Tensor:
-    """Intersection over union of each image.
-
-    Args:
-        answers: (N,H,W) int64 classes of a model.
-        masks: (N,H,W) int64 true classes.
-
-    Returns:
-        (N,) float32 in [0,1]; 1 where both are empty.
-    """
+    """Intersections over union of classes (N,H,W), (N,) float32 in [0,1]; 1 where both are empty."""
     from monai.metrics import compute_iou
 
     return compute_iou(_foreground(answers), _foreground(masks), ignore_empty=False).squeeze(1)

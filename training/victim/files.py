@@ -34,7 +34,7 @@ def save_example(folder: Path, image: Tensor) -> None:
 
 
 def data_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the splits on which the victim in `folder` was trained; None where it has no report.
+    """The fingerprint of the splits on which the victim in a folder was trained; None where it has no report.
 
     Raises:
         UserError: There is a report, and not by this project.

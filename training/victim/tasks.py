@@ -41,10 +41,8 @@ class Score(ABC):
 class VictimTask(ABC):
     """How to train and to score a victim.
 
-    Args:
-        labels: Names of the K classes.
-
     Attributes:
+        labels: Names of the K classes.
         batch: Images a step.
         epochs: Passes over the training images, unless told otherwise.
         width: Of the network, unless told otherwise.
