@@ -49,5 +49,8 @@ RUN pip install '.[training]'
 COPY defense defense
 COPY services services
 COPY training training
+COPY zo_gateway zo_gateway
+# So that the installed command finds them.
+ENV PYTHONPATH=/app
 USER app
 CMD ["python", "-m", "training.zo_fit", "--help"]
