@@ -12,6 +12,7 @@ STARTED_BY_OTHERS = {"paced", "peers"}
 
 BENCHMARKS = {
     "certified_attacks": "--victim VICTIM --artifact ARTIFACT DATA --images 1 --n 50 --copies 1 --steps 2",
+    "decoding": "--rounds 1",
     "estimator_error": "--victim VICTIM --pretrained PRETRAINED DATA --images 4 --students 8 --out OUT",
     "gateway_modes": "--victim VICTIM --artifact ARTIFACT --rounds 1 --smooth-n 12 --certify-n 16",
     "latency": "--victim VICTIM --artifact ARTIFACT --rounds 2",
