@@ -56,8 +56,9 @@ def images(count: int) -> torch.Tensor:
 
 
 def stop(process: Process) -> str:
-    """Ends a service as an init system does; gives what it wrote to stderr."""
+    """Ends a service as an init system does; gives what it wrote to stderr, but for the line that it is loading."""
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
-    return errors
+    assert errors.partition("\n")[0].endswith(": loading ...")
+    return errors.partition("\n")[2]
