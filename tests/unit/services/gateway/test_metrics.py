@@ -12,7 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from service_fakes import tensor_request
 
-from services.gateway import app as module
+from services.gateway import state as module
 from services.gateway.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
