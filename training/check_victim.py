@@ -9,7 +9,8 @@ Spends about a hundred queries; nothing is written.
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -50,14 +51,13 @@ def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) ->
 
 
 def _check(config: CheckConfig, connect: Connect) -> int:
-    logging.getLogger("services").setLevel(logging.ERROR)  # what goes wrong is said once, with what may help
     config = settled(config)
     images = _images(config)
     shape = " x ".join(map(str, images.shape[1:]))
     options = config.client_options()
     print(f"asking {', '.join(config.victim_url)} about {QUERIES} images of {shape} ({config.data})")
     try:
-        with connect(config.victim_url, **options) as victim:
+        with _warnings_withheld(), connect(config.victim_url, **options) as victim:
             found = check_victim(victim, images)
     except (ServiceError, DefenseError) as error:
         print(f"PROBLEM: {error}\nwhat may help: {hint(error)}")
@@ -67,6 +67,18 @@ def _check(config: CheckConfig, connect: Connect) -> int:
         return 1
     print(f"next:\n  {_next(config, found)}")
     return 0
+
+
+@contextmanager
+def _warnings_withheld() -> Iterator[None]:
+    """Keeps the client's warnings back: what goes wrong is said once, with what may help."""
+    client = logging.getLogger("services")
+    before = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(before)
 
 
 def _images(config: CheckConfig) -> Tensor:

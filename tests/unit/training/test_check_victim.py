@@ -1,6 +1,7 @@
 """`check_victim`: what it finds out about toy victims, and what it says may help with broken ones."""
 
 import json
+import logging
 from contextlib import nullcontext
 
 import httpx
@@ -108,6 +109,7 @@ def test_a_victim_that_is_away_is_told(capsys):
     told = capsys.readouterr().out
     assert "cannot be reached" in told
     assert "see that the service runs" in told
+    assert logging.getLogger("services").isEnabledFor(logging.WARNING)  # the loggers are as they were
 
 
 def test_a_mapping_that_points_elsewhere_is_told(capsys, tmp_path):
