@@ -104,13 +104,7 @@ class Batcher:
     async def __call__(self, images: Array, payer: Payer = NOBODY) -> Array:
         """The rows for these images (n,...), n at least 1, in order.
 
-        Args:
-            images: the request's.
-            payer: pays for what the upstream is asked.
-
-        Raises:
-            Unavailable: the batcher is not running.
-            Exception: what `compute` or the upstream raised for these images.
+        Raises Unavailable if the batcher is not running, else what `compute` or the upstream raised for these images.
         """
         self._check_running()
         loop = asyncio.get_running_loop()
@@ -127,12 +121,7 @@ class Batcher:
             raise
 
     async def compute(self, images: Array) -> Array:
-        """What is computed of these images (n,...), whatever the upstream does: nobody is asked.
-
-        Raises:
-            Unavailable: the batcher is not running.
-            Exception: what `compute` raised.
-        """
+        """What is computed of these images (n,...), without asking the upstream. Raises as a call does."""
         self._check_running()
         loop = asyncio.get_running_loop()
         starts = range(0, len(images), self._max_batch)
@@ -176,7 +165,9 @@ class Batcher:
     def _take(self) -> list[_Part]:
         """Takes one batch off the queue: whole requests up to a fair share, split only where a batch is full."""
         share = self._max_batch
-        if self._upstream is not None:
+        if self._upstream is not None and not self._upstream.together:  # divided request by request later on
+            share = min(share, self._upstream.width() - len(self._under_way))
+        elif self._upstream is not None:
             asked = sum(len(part.images) for parts in self._under_way.values() for part in parts)
             share = min(share, -(-(self._waiting + asked) // self._upstream.width()))
         parts: list[_Part] = []

@@ -1,12 +1,13 @@
 import asyncio
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from services.batching import Batcher
 from services.protocol.errors import Unavailable
-from services.upstream import Array
+from services.upstream import Array, Share, Upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -170,3 +171,18 @@ def test_batches_need_a_size_and_no_negative_delay() -> None:
     for size, delay in ((0, 0.0), (1, -1.0)):
         with pytest.raises(ValueError, match="max_batch"):
             Batcher(Recorder(), max_batch=size, max_delay_s=delay)
+
+
+async def test_requests_that_are_asked_about_apart_are_computed_together() -> None:
+    asked: list[int] = []
+
+    async def ask(images: Array, _shares: Sequence[Share], _again: bool) -> Array:
+        asked.append(len(images))
+        return images
+
+    recorder = Recorder()
+    upstream = Upstream(ask, lambda: 32, together=False)
+    async with Batcher(recorder, max_batch=8, max_delay_s=0.05, upstream=upstream) as batcher:
+        await asyncio.gather(*(batcher(images(1, i + 1)) for i in range(8)))
+    assert recorder.batches == [8]
+    assert asked == [1] * 8
