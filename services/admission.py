@@ -27,21 +27,13 @@ class Admission:
         return self._images
 
     def check(self, images: int) -> None:
-        """Refuses now what `admit` would refuse, before more work is put into it.
-
-        Raises:
-            Overloaded: too many images are in work already.
-        """
+        """Raises Overloaded if `admit` would, before more work is put into the request."""
         if self._images and self._images + images > self._max_images:
             raise Overloaded(f"{self._images} images are in work already; come back later", retry_after=RETRY_AFTER_S)
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Counts a request as long as the context lasts.
-
-        Raises:
-            Overloaded: too many images are in work already.
-        """
+        """Counts a request as long as the context lasts. Raises Overloaded if too many images are in work."""
         self.check(images)
         self._images += images
         try:

@@ -40,11 +40,7 @@ NOBODY: Final = _Nobody()
 
 @dataclass(frozen=True)
 class Prepaid:
-    """Pays for images that were counted before they began to wait.
-
-    Attributes:
-        refund: takes back images that were not sent after all.
-    """
+    """Pays for images that were counted before they began to wait."""
 
     refund: Callable[[int], None]
 
@@ -54,12 +50,7 @@ class Prepaid:
 
 @dataclass(frozen=True)
 class Share:
-    """One request's part of a batch that is sent upstream.
-
-    Attributes:
-        payer: whose account it is on.
-        images: how many of the batch's images, in order.
-    """
+    """One request's part of a batch that is sent upstream: who pays, and how many of its images, in order."""
 
     payer: Payer
     images: int
