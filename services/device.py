@@ -6,11 +6,7 @@ from services.protocol.errors import ServiceError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names; "auto" is CUDA where there is one.
-
-    Raises:
-        ServiceError: there is no such device here.
-    """
+    """The device that a setting names; "auto" is CUDA where there is one. Raises ServiceError if it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -26,21 +26,11 @@ class Defense:
 
     Batches are its own, so that no two versions ever share one.
 
-    Args:
-        version: the artifact and its number.
-        settings: the service's settings.
-        own: the account of the queries that no client's image needs.
-        admission: where images in work are counted.
-        metrics: where batches are counted and timed.
-        transport: in place of the network to the victim, for tests.
+    The arguments after `version` and `settings` are those of `Pipeline`.
 
     Attributes:
-        number: the version's.
-        manifest: the artifact's.
         shape: (C,H,W) of the images.
         modes: what requests may ask for.
-        pipeline: sanitizer and victim.
-        vote: the votes on images.
         shadow: what compares raw answers.
         signature: who answers, but for the classes' names.
 

@@ -95,13 +95,7 @@ class History:
         self._next_repeat = 0
 
     def meet(self, fingerprint: Fingerprints, digest: np.uint64, now: float) -> Meeting:
-        """Remembers an image, and says whom it met.
-
-        Args:
-            fingerprint: the image's, of `fingerprints`.
-            digest: the image's, of `digests`.
-            now: seconds, from any start.
-        """
+        """Remembers an image by its `fingerprints` and `digests`, at `now` in seconds, and says whom it met."""
         group = self._group(np.round(fingerprint * 255), now)
         is_new = not (self._repeats == digest).any()
         if is_new:

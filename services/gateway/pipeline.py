@@ -53,10 +53,8 @@ class Pipeline:
     """A sanitizer and the victim behind it. An async context manager: it works inside only.
 
     Args:
-        sanitizer: the module.
         shape: (C,H,W) of the images.
         labels: the victim's classes, where the artifact knows them; else empty.
-        settings: the service's settings.
         own: the account of the queries that no client's image needs.
         admission: where images in work are counted.
         metrics: where batches are counted and timed.
@@ -137,17 +135,9 @@ class Pipeline:
         return await self._batcher.compute(images)
 
     async def ask(self, images: Array, payer: Payer) -> Array:
-        """The victim's scores for the sanitized images.
+        """The victim's scores, (N,K) or (N,K,H,W), for the sanitized images (N,C,H,W); `payer` pays N queries.
 
-        Args:
-            images: (N,C,H,W).
-            payer: pays for N queries.
-
-        Returns:
-            (N,K), or (N,K,H,W) from a segmenter.
-
-        Raises:
-            ServiceError: the victim failed; what clients are to be told of it.
+        Raises ServiceError if the victim failed, with what clients are to be told of it.
         """
         return self._checked(await self._batcher(images, payer))
 
@@ -192,11 +182,7 @@ class Pipeline:
     async def names(self, images: Array, classes: int) -> Sequence[str]:
         """The names of the classes: the artifact's, or the victim's own, asked for once; else numbers.
 
-        A sanitizer that was trained without any query does not know them.
-
-        Args:
-            images: (N,C,H,W); the first one, sanitized, is what the victim is asked with.
-            classes: how many classes there are.
+        A sanitizer that was trained without any query does not know them: the first image, sanitized, is asked with.
         """
         if self._labels:
             return self._labels

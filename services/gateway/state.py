@@ -24,12 +24,10 @@ class Gateway:
     """The parts of a gateway. Arguments and errors are those of `services.gateway.app.make_gateway`.
 
     Attributes:
-        settings: the service's settings.
         accounts: who caused how many queries.
         images: where images in work are counted.
         copies: where noisy copies in work are counted, apart from `images`: a request for a thousand copies is neither
             refused because of ordinary traffic nor does it fill its queue.
-        metrics: what is counted and timed.
         versions: the sanitizer at work, and those before and after it.
         detector: looks for attacks by queries.
         decoders: decode images that clients send.

@@ -38,16 +38,9 @@ class _BinaryLogits(nn.Module):
 
 
 def classifier(channels: int, classes: int, *, width: float, depth: Depth) -> nn.Module:
-    """Builds an untrained VGG.
+    """Builds an untrained VGG: images (N,C,H,W) float32 in [0,1], H and W at least 32, to logits (N,K).
 
-    Args:
-        channels: Planes of the images, 1 or 3.
-        classes: K.
-        width: Factor on torchvision's channel counts (64 to 512), rounded to multiples of 8.
-        depth: Which plan.
-
-    Returns:
-        A module that maps images (N,C,H,W) float32 in [0,1], H and W at least 32, to logits (N,K).
+    `width` is the factor on torchvision's channel counts (64 to 512), rounded to multiples of 8.
     """
     plan: list[str | int] = ["M" if step == "M" else _narrowed(int(step), width) for step in cfgs[_PLANS[depth]]]
     features = make_layers(plan, batch_norm=True)
