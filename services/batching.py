@@ -99,7 +99,7 @@ class Batcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for job in tuple(self._live):
             self._end(job, Unavailable("the service is shutting down"))
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)  # the batch in hand may take a while; others go on meanwhile
 
     async def __call__(self, images: Array, payer: Payer = NOBODY) -> Array:
         """The rows for these images (n,...), n at least 1, in order.
