@@ -235,9 +235,8 @@ class _NewKey(Config):
     burst: int | None = Field(None, description="images that it may send at once (default: a second's)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m services.keys") -> int:
     """Runs the command; returns its exit code."""
-    prog = "python -m services.keys"
     wanted = read(_NewKey, argv, prog=prog)
     try:
         key, table = make_key(wanted.name, wanted.rate, wanted.burst)

@@ -111,9 +111,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_settings(kind: type[_Settings], argv: Sequence[str] | None) -> _Settings:
-    """`services.settings.read` of a service's settings; its `cli_prog_name` names the program."""
-    return read(kind, argv, prog=str(kind.model_config.get("cli_prog_name")))
+def read_settings(kind: type[_Settings], argv: Sequence[str] | None, prog: str | None = None) -> _Settings:
+    """`services.settings.read` of a service's settings; its `cli_prog_name` names the program by default."""
+    return read(kind, argv, prog=prog or str(kind.model_config.get("cli_prog_name")))
 
 
 def prepare(settings: ServiceSettings) -> None:
@@ -159,6 +159,7 @@ def run_service(
     build: Callable[[_Settings], FastAPI],
     argv: Sequence[str] | None,
     *,
+    prog: str | None = None,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:
     """Runs a service until it is told to end.
@@ -167,6 +168,7 @@ def run_service(
         kind: the settings class.
         build: makes the application; its title names the service.
         argv: the arguments without the program's name; `sys.argv[1:]` when None.
+        prog: the program, as messages name it; the settings' `cli_prog_name` by default.
         errors: what `build` raises besides `ServiceError` and `OSError` when something is wrong outside the program.
 
     Returns:
@@ -176,13 +178,13 @@ def run_service(
         SystemExit: as `read_settings`.
     """
     known: tuple[type[Exception], ...] = (ServiceError, OSError, *errors)
-    settings = read_settings(kind, argv)
+    settings = read_settings(kind, argv, prog)
     prepare(settings)
     try:
         app = build(settings)
         with tracing(app, settings.otlp_endpoint):
             serve(app, app.title, settings)
     except known as error:
-        print(f"{kind.model_config.get('cli_prog_name')}: error: {error}", file=sys.stderr)
+        print(f"{prog or kind.model_config.get('cli_prog_name')}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -44,14 +44,17 @@ class CertifyConfig(CertificateConfig, MeasureConfig):
     out: Path | None = Field(None, description="one line an image (default artifacts/certify/NAME.jsonl)")
 
 
-def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, connect: Connect = connect, prog: str = "python -m training.certify"
+) -> int:
     """Runs the verb.
 
     Args:
         argv: The arguments, without the program's name.
         connect: Makes the client of a URL; tests pass one without sockets.
+        prog: The program, as messages name it.
     """
-    return run(partial(_certify, connect=connect), CertifyConfig, argv, prog="python -m training.certify")
+    return run(partial(_certify, connect=connect), CertifyConfig, argv, prog=prog)
 
 
 def _certify(config: CertifyConfig, connect: Connect) -> int:

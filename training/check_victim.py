@@ -37,17 +37,20 @@ class CheckConfig(VictimConfig, DataConfig):
     patience: PositiveFloat = Field(5.0, description="seconds to wait for a victim that is away")
 
 
-def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim, prog: str = "python -m training.check_victim"
+) -> int:
     """Runs the command.
 
     Args:
         argv: The arguments; `sys.argv[1:]` when None.
         connect: Makes the victim's client; tests pass one without sockets.
+        prog: The program, as messages name it.
 
     Returns:
         The exit code: 0 where a defense can be learned, 1 where something is wrong with the victim.
     """
-    return run(partial(_check, connect=connect), CheckConfig, argv, prog="python -m training.check_victim")
+    return run(partial(_check, connect=connect), CheckConfig, argv, prog=prog)
 
 
 def _check(config: CheckConfig, connect: Connect) -> int:

@@ -24,17 +24,20 @@ from training.comparison.summary import summarize
 from training.victim.config import Connect
 
 
-def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim, prog: str = "python -m training.compare"
+) -> int:
     """Runs the command.
 
     Args:
         argv: The arguments; `sys.argv[1:]` when None.
         connect: Makes the client of a victim's URLs; tests pass one without sockets.
+        prog: The program, as messages name it.
 
     Returns:
         The exit code: 0 when all runs are finished, 2 when one could not be learned.
     """
-    return run(partial(_compare, connect=connect), CompareConfig, argv, prog="python -m training.compare")
+    return run(partial(_compare, connect=connect), CompareConfig, argv, prog=prog)
 
 
 def _compare(config: CompareConfig, connect: Connect) -> int:

@@ -54,11 +54,11 @@ class DemoConfig(DataConfig):
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.demo") -> int:
     """Runs the command; returns its exit code."""
     # SIGTERM unwinds like Ctrl-C, so that the services it started are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return run(_demo, DemoConfig, argv, prog="python -m training.demo")
+    return run(_demo, DemoConfig, argv, prog=prog)
 
 
 def _demo(typed: DemoConfig) -> int:

@@ -42,14 +42,17 @@ from training.measure.selection import chosen_images
 from training.victim.in_process import in_process
 
 
-def main(argv: Sequence[str] | None = None, *, connect: Connect = connect) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, connect: Connect = connect, prog: str = "python -m training.evaluate"
+) -> int:
     """Runs the verb.
 
     Args:
         argv: The arguments, without the program's name.
         connect: Makes the client of a URL; tests pass one without sockets.
+        prog: The program, as messages name it.
     """
-    return run(partial(_evaluate, connect=connect), EvaluateConfig, argv, prog="python -m training.evaluate")
+    return run(partial(_evaluate, connect=connect), EvaluateConfig, argv, prog=prog)
 
 
 def _evaluate(config: EvaluateConfig, connect: Connect) -> int:

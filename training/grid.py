@@ -41,9 +41,9 @@ class GridConfig(DataConfig, DeviceConfig):
     out: Path = Field(Path("artifacts/grid.png"), description="the PNG")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.grid") -> int:
     """Runs the verb."""
-    return run(_draw, GridConfig, argv, prog="python -m training.grid")
+    return run(_draw, GridConfig, argv, prog=prog)
 
 
 def _draw(config: GridConfig) -> int:

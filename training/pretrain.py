@@ -28,9 +28,9 @@ class Settings(PretrainConfig, DataConfig, DeviceConfig):
     out: Path = Field(Path("artifacts/pretrained"), description="folder for the two artifacts")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.pretrain") -> int:
     """Runs the command; returns its exit code."""
-    return run(_pretrain, Settings, argv, prog="python -m training.pretrain")
+    return run(_pretrain, Settings, argv, prog=prog)
 
 
 def _pretrain(config: Settings) -> int:

@@ -36,9 +36,9 @@ from training.measure.scoring import main_metric
 from training.measure.selection import chosen_images
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.redteam") -> int:
     """Runs the verb."""
-    return run(_attack, RedTeamConfig, argv, prog="python -m training.redteam")
+    return run(_attack, RedTeamConfig, argv, prog=prog)
 
 
 def _attack(config: RedTeamConfig) -> int:

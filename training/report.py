@@ -29,9 +29,9 @@ class ReportConfig(Config):
     out: Path | None = Field(None, description=f"the file (default FOLDER/{FILE_NAME})")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.report") -> int:
     """Runs the verb."""
-    return run(_write, ReportConfig, argv, prog="python -m training.report")
+    return run(_write, ReportConfig, argv, prog=prog)
 
 
 def _write(config: ReportConfig) -> int:

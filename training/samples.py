@@ -35,9 +35,9 @@ class SamplesConfig(DataConfig, DeviceConfig):
     out: Path = Field(description="folder for the images")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.samples") -> int:
     """Runs the verb."""
-    return run(_make, SamplesConfig, argv, prog="python -m training.samples")
+    return run(_make, SamplesConfig, argv, prog=prog)
 
 
 def _make(config: SamplesConfig) -> int:

@@ -69,9 +69,9 @@ class VictimFitConfig(DataConfig, DeviceConfig):
         return VictimConfig(labels=tuple(labels), size=size, **told)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m training.victim_fit") -> int:
     """Runs the verb; returns the exit code."""
-    return run(_fit, VictimFitConfig, argv, prog="python -m training.victim_fit")
+    return run(_fit, VictimFitConfig, argv, prog=prog)
 
 
 def _fit(config: VictimFitConfig) -> int:

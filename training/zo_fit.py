@@ -22,17 +22,20 @@ from training.fit.run import fit
 from training.victim.config import Connect
 
 
-def main(argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, connect: Connect = HTTPVictim, prog: str = "python -m training.zo_fit"
+) -> int:
     """Runs the command.
 
     Args:
         argv: The arguments; `sys.argv[1:]` when None.
         connect: Makes the victim's client; tests pass one without sockets.
+        prog: The program, as messages name it.
 
     Returns:
         The exit code: 0 when an artifact was written.
     """
-    return run(partial(_fit, connect=connect), RunConfig, argv, prog="python -m training.zo_fit")
+    return run(partial(_fit, connect=connect), RunConfig, argv, prog=prog)
 
 
 def _fit(config: RunConfig, connect: Connect) -> int:

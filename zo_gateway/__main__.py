@@ -18,7 +18,7 @@ VERBS: Final = {
     "hospital": ("serve a model as a black box", "services.hospital.__main__"),
     "keys": ("make a client's key", "services.keys"),
 }
-"""Each verb's help and module, whose `main` takes the arguments after the verb."""
+"""Each verb's help and module, whose `main` takes the arguments after the verb, and the program's name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"zo-gateway: error: there is no verb {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    code: int = import_module(VERBS[verb][1]).main(arguments)
+    module = VERBS[verb][1]
+    if module.endswith(".__main__"):  # a service, whose imports take seconds
+        print(f"{module.split('.')[1]}: loading ...", file=sys.stderr, flush=True)
+    code: int = import_module(module).main(arguments, prog=f"zo-gateway {verb}")
     return code
 
 

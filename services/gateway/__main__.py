@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the service until it is told to end."""
     # Here, so that something is said before PyTorch is imported, which takes seconds.
     from defense.errors import DefenseError
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from services.gateway.config import GatewaySettings
     from services.server import run_service
 
-    return run_service(GatewaySettings, load_gateway, argv, errors=(DefenseError,))
+    return run_service(GatewaySettings, load_gateway, argv, prog=prog, errors=(DefenseError,))
 
 
 if __name__ == "__main__":

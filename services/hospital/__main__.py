@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Runs the service until it is told to end."""
     # Here, so that something is said before PyTorch is imported, which takes seconds.
     from services.hospital.app import make_hospital
@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from services.hospital.model import load_victim
     from services.server import run_service
 
-    return run_service(HospitalSettings, lambda settings: make_hospital(*load_victim(settings.model), settings), argv)
+    return run_service(
+        HospitalSettings, lambda settings: make_hospital(*load_victim(settings.model), settings), argv, prog=prog
+    )
 
 
 if __name__ == "__main__":

@@ -35,15 +35,24 @@ def test_every_verb_has_its_own_help(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0
-    assert "usage: " in capsys.readouterr().out
+    assert f"usage: zo-gateway {verb} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("verb", "name"), [("serve", "gateway"), ("hospital", "hospital")])
+def test_services_say_that_they_are_loading(verb, name, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--port", "none"])
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"{name}: loading ..."
+    assert told[1].startswith(f"zo-gateway {verb}: error: ")
 
 
 def test_a_verb_loads_its_own_module_and_passes_the_arguments_on(monkeypatch):
     seen = []
     keys = importlib.import_module("services.keys")
-    monkeypatch.setattr(keys, "main", lambda argv: seen.append(argv) or 3)
+    monkeypatch.setattr(keys, "main", lambda argv, prog: seen.append([*argv, prog]) or 3)
     assert main(["keys", "clinic-a", "--help"]) == 3
-    assert seen == [["clinic-a", "--help"]]
+    assert seen == [["clinic-a", "--help", "zo-gateway keys"]]
 
 
 def test_a_verb_does_not_wait_for_the_modules_of_others():
