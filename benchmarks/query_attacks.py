@@ -40,6 +40,7 @@ from services.gateway.accounting import Accounts, Budget
 from services.gateway.config import GatewaySettings
 from services.gateway.fingerprints import History, digests, fingerprints
 from services.protocol import oip
+from training.command.errors import UserError
 from training.data.datasets import load_data
 from training.measure.results import align
 from training.measure.selection import chosen_images
@@ -129,6 +130,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     splits = load_data(cli.data_config(arguments))
     _, everything = chosen_images(splits, arguments.split, None, arguments.seed)
     _, attacked = chosen_images(splits, arguments.split, arguments.images, arguments.seed)
+    starts = [labelled_otherwise(everything.labels, index, len(attacked)) for index in range(len(attacked))]
     traffic = ordinary(everything.images, np.random.default_rng(arguments.seed))
     streams: dict[str, list[list[npt.NDArray[np.float32]]]] = {"square": [], "hopskipjump": []}
     succeeded = dict.fromkeys(streams, 0)
@@ -148,7 +150,7 @@ def _measure(arguments: argparse.Namespace) -> int:
                 if name == "square":
                     square(inquiry, arguments.epsilon / 255, seed=arguments.seed)
                 else:
-                    other = attacked.images[_labelled_otherwise(attacked.labels, index)]
+                    other = everything.images[starts[index]]
                     hop_skip_jump(inquiry, other[None], seed=arguments.seed)
                 succeeded[name] += int(inquiry.nearest().isfinite().sum())
                 streams[name].append(one.sent)
@@ -181,10 +183,17 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _labelled_otherwise(labels: Tensor, index: int) -> int:
-    """The next image whose label is another one."""
-    others = [(index + step) % len(labels) for step in range(1, len(labels))]
-    return next(other for other in others if not torch.equal(labels[other], labels[index]))
+def labelled_otherwise(labels: Tensor, index: int, chosen: int) -> int:
+    """The next of the first `chosen` images whose label is not that of `index`; of all images where there is none.
+
+    Raises:
+        UserError: All labels are equal.
+    """
+    places: list[int] = [*((index + step) % chosen for step in range(1, chosen)), *range(chosen, len(labels))]
+    for place in places:
+        if not torch.equal(labels[place], labels[index]):
+            return place
+    raise UserError("all images of the split have the same label: HopSkipJump has nowhere to start from")
 
 
 if __name__ == "__main__":

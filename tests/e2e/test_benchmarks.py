@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.query_attacks import labelled_otherwise
+from training.command.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--data", "phantom", "--size", "32")
@@ -69,3 +73,12 @@ def test_it_runs_to_its_end(name: str, folder: Path, tmp_path: Path) -> None:
     }
     arguments = [word for one in BENCHMARKS[name].split() for word in places.get(one, [one])]
     assert run(f"benchmarks.{name}", *arguments)
+
+
+def test_hop_skip_jump_starts_from_an_image_of_another_label() -> None:
+    labels = torch.tensor([0, 0, 1, 0])
+    assert labelled_otherwise(labels, 0, chosen=3) == 2
+    assert labelled_otherwise(labels, 2, chosen=3) == 0
+    assert labelled_otherwise(labels, 1, chosen=2) == 2  # the chosen ones have one class
+    with pytest.raises(UserError, match="same label"):
+        labelled_otherwise(labels[:2], 0, chosen=1)
