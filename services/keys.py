@@ -1,11 +1,11 @@
 """API keys: who may ask, and how much at once.
 
-A file of keys holds no secret, only what their SHA-256 is. A key is 256 random bits, so that nobody finds it by trying,
-salted and slow hashes, which passwords need, would add nothing. The file is TOML, a table a client:
+A file of keys holds no secrets, only SHA-256 hashes. Keys are 256 random bits, so slow or salted hashes would add
+nothing. The file is TOML, a table a client:
 
     [clinic-a]
     sha256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
-    images_per_second = 50    # optional; what the service's own --rate is without it
+    images_per_second = 50    # optional; by default the service's --rate
     burst = 200               # optional; how many at once after a pause, by default a second's
 
     python -m services.keys clinic-a --rate 50 >> keys.toml    # shows the key once, and adds its hash to the file
@@ -49,8 +49,7 @@ class Rate:
 
     Attributes:
         images_per_second: in the long run; None: any number.
-        burst: at once, after a pause. A larger request is let in after a pause too, and paid off before the next one: a
-            bound on the rate does not bound the size.
+        burst: at once, after a pause. Larger requests are also admitted then, and paid off before the next one.
     """
 
     images_per_second: float | None = None
@@ -67,8 +66,8 @@ class Client:
     """Whom a key belongs to.
 
     Attributes:
-        name: as accounts, metrics and logs have it.
-        digest: SHA-256 of the key, in hexadecimal digits; empty where there are no keys.
+        name: as in accounts, metrics and logs.
+        digest: SHA-256 of the key in hexadecimal; empty without a file of keys.
         rate: its own; None: the service's.
     """
 
@@ -78,11 +77,7 @@ class Client:
 
 
 class Keys:
-    """The clients that may ask.
-
-    Args:
-        clients: all of them.
-    """
+    """The clients that may ask."""
 
     def __init__(self, clients: Iterable[Client]) -> None:
         """Keeps them."""
@@ -90,11 +85,7 @@ class Keys:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a file of keys.
-
-        Raises:
-            InvalidInput: it is not there, is no such file, or holds no key; the message quotes nothing of its values.
-        """
+        """Reads a file of keys. Raises InvalidInput, without quoting its values, if it is missing, invalid or empty."""
         try:
             tables = tomllib.loads(path.read_text())
         except OSError as error:
@@ -106,11 +97,7 @@ class Keys:
         return cls(_client(path, name, table) for name, table in tables.items())
 
     def client(self, key: str | None) -> Client:
-        """Whose key it is. Takes as long for a wrong key as for a right one.
-
-        Raises:
-            Unauthorized: nobody's.
-        """
+        """The key's client, found in constant time. Raises Unauthorized if there is none."""
         digest = _digest(key or "")
         found: Client | None = None
         for one in self._clients:
@@ -122,7 +109,7 @@ class Keys:
 
 
 class Purses:
-    """What every client may still send: token buckets, counted in images. Not safe to use from several threads.
+    """Token buckets that limit each client's rate, counted in images. Not thread-safe.
 
     Args:
         rate: of clients that have none of their own.
@@ -136,15 +123,9 @@ class Purses:
         self._full_at: dict[str, float] = {}  # when the purse will be full again
 
     def take(self, name: str, images: int, own: Rate | None = None) -> None:
-        """Takes a request's images out of a client's purse.
+        """Takes a request's images from a client's bucket; `own` is its own rate, None the common one.
 
-        Args:
-            name: the client's.
-            images: how many it sends.
-            own: its own rate; None: that of all.
-
-        Raises:
-            RateLimited: it does not hold so many yet; nothing is taken.
+        Raises RateLimited if the bucket does not hold enough yet; nothing is taken then.
         """
         rate = own or self._rate
         if rate.images_per_second is None:
@@ -167,7 +148,7 @@ class Access:
     """Who may ask, and how fast.
 
     Args:
-        keys: the clients that may; None: anybody may, and a key is a name that tells clients apart.
+        keys: the clients; None: anybody may ask, and keys are names that tell clients apart.
         rate: of clients that have none of their own.
         name_of: the client's name for a key that is a name.
     """
@@ -179,19 +160,11 @@ class Access:
         self._purses = Purses(rate)
 
     def client(self, key: str | None) -> Client:
-        """Who asks; to be found out before anything of the body is read.
-
-        Raises:
-            Unauthorized: nobody who may.
-        """
+        """Who asks, determined before the body is read. Raises Unauthorized if they may not."""
         return Client(self._name_of(key)) if self._keys is None else self._keys.client(key)
 
     def take(self, client: Client, images: int) -> None:
-        """Counts what a client sends.
-
-        Raises:
-            RateLimited: it sends too fast.
-        """
+        """Counts what a client sends. Raises RateLimited if it sends too fast."""
         self._purses.take(client.name, images, client.rate)
 
 
@@ -211,13 +184,9 @@ KeySent = Annotated[str | None, Depends(_sent)]
 
 
 def make_key(name: str, rate: float | None = None, burst: int | None = None) -> tuple[str, str]:
-    """Makes a key for a client, with its own rate and burst if they are given.
+    """Makes a client's key. Returns it and its table for the file of keys, which holds only the hash.
 
-    Returns:
-        The key, and the table for the file of keys, which does not tell it.
-
-    Raises:
-        InvalidInput: the name is invalid, or the numbers are not a rate.
+    Raises InvalidInput if the name or the rate is invalid.
     """
     key = secrets.token_urlsafe(32)
     fields = {"sha256": _digest(key), "images_per_second": rate, "burst": burst}

@@ -95,11 +95,7 @@ class ServiceSettings(BaseSettings):
 
 
 def access_of(settings: ServiceSettings, name_of: Callable[[str | None], str]) -> Access:
-    """Who may ask a service, and how fast; `name_of` names the clients where there is no file of keys.
-
-    Raises:
-        InvalidInput: the file of keys cannot be used.
-    """
+    """A service's access control; without keys, `name_of` names clients. Raises InvalidInput if the file is bad."""
     keys = None if settings.keys is None else Keys.load(settings.keys)
     return Access(keys, Rate.of(settings.rate, settings.burst), name_of)
 
@@ -124,12 +120,9 @@ def prepare(settings: ServiceSettings) -> None:
 
 
 def serve(app: FastAPI, name: str, settings: ServiceSettings) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests end.
+    """Serves until SIGTERM or SIGINT, then lets running requests end; prints the URL to stdout once it listens.
 
-    Prints one line with the URL to stdout once the socket accepts connections.
-
-    Raises:
-        OSError: the address cannot be listened on.
+    Raises OSError if the address cannot be bound.
     """
     is_v6 = ":" in settings.host
     family = socket.AF_INET6 if is_v6 else socket.AF_INET
@@ -162,17 +155,14 @@ def run_service(
     prog: str | None = None,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Runs a service until it is told to end.
+    """Runs a service until terminated. Returns the exit code: 0, or 2 after one line on stderr.
 
     Args:
         kind: the settings class.
         build: makes the application; its title names the service.
         argv: the arguments without the program's name; `sys.argv[1:]` when None.
         prog: the program, as messages name it; the settings' `cli_prog_name` by default.
-        errors: what `build` raises besides `ServiceError` and `OSError` when something is wrong outside the program.
-
-    Returns:
-        the exit code: 0, or 2 after one line on stderr.
+        errors: further exceptions of `build`, beside `ServiceError` and `OSError`, that are not bugs.
 
     Raises:
         SystemExit: as `read_settings`.

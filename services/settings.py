@@ -1,7 +1,7 @@
-"""One way to make a command line: the fields of a pydantic model are its flags, their descriptions its help.
+"""Command lines from pydantic models: fields are flags, and their descriptions the help.
 
-`Config` is the base of what decides a command; `read` fills such a model from flags, and a `BaseSettings` from flags
-and then from its environment variables.
+`Config` is the base of a command's configuration; `read` fills it from flags, and a `BaseSettings` also from the
+environment.
 """
 
 import argparse
@@ -51,11 +51,7 @@ def read(kind: type[M], argv: Sequence[str] | None, *, prog: str) -> M:
     """Reads a model from flags; a `BaseSettings` also from the environment, which flags override.
 
     Booleans are switches, names are in kebab case, and a positional argument is a pydantic-settings `CliPositionalArg`.
-
-    Args:
-        kind: The model; the first paragraph of its docstring says what the command does.
-        argv: The arguments without the program's name; `sys.argv[1:]` when None.
-        prog: The program's name.
+    The first paragraph of the model's docstring describes the command.
 
     Raises:
         SystemExit: A flag or variable is missing or wrong (code 2, one line each on stderr), or --help was asked for.
@@ -84,11 +80,9 @@ def read(kind: type[M], argv: Sequence[str] | None, *, prog: str) -> M:
 
 
 def flags_of(config: Config, implied: Mapping[str, object] = MappingProxyType({})) -> list[str]:
-    """The flags that make a configuration again; what has its default is left out.
+    """The flags that `read` would turn into this configuration, without those at their default.
 
-    Args:
-        config: What `read` would return.
-        implied: Fields that others imply, with the values that they have then in place of their defaults.
+    `implied` holds the values that other fields imply, which replace the defaults.
     """
     flags: list[str] = []
     for name, field in type(config).model_fields.items():
@@ -103,12 +97,7 @@ def flags_of(config: Config, implied: Mapping[str, object] = MappingProxyType({}
 
 
 def explained(error: ValidationError, env_prefix: object = None) -> list[str]:
-    """What is wrong with a model, in a line for each flag.
-
-    Args:
-        error: Of the model's validation.
-        env_prefix: Of the flags' environment variables; None: they have none.
-    """
+    """What is wrong with a model, one line for each flag; `env_prefix` is that of the environment variables, if any."""
     told: dict[str, list[str]] = {}
     for one in error.errors():
         name = str(one["loc"][0]) if one["loc"] else ""  # none: it is about several of them together

@@ -10,17 +10,10 @@ from services.protocol.errors import InvalidInput
 
 @contextmanager
 def tracing(app: FastAPI, endpoint: str | None) -> Iterator[None]:
-    """Sends spans of the application's requests, and of those that it sends, as long as the context lasts.
+    """Exports OpenTelemetry spans of the requests that the application gets and sends, while the context lasts.
 
-    A span has method, route, status and times: no header, no body, no address of a client's file.
-
-    Args:
-        app: the application; its title names the service.
-        endpoint: where an OpenTelemetry collector takes OTLP over HTTP, such as http://host:4318/v1/traces; None: no
-            traces.
-
-    Raises:
-        InvalidInput: the extra is not installed.
+    A span has method, route, status and times: no header, body or file name. `endpoint` takes OTLP over HTTP, such as
+    http://host:4318/v1/traces; None: no traces. Raises InvalidInput if the extra is not installed.
     """
     if endpoint is None:
         yield

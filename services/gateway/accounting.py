@@ -1,12 +1,9 @@
 """Who caused how many victim queries, and who may cause more.
 
-A query is one image handed to the victim, whatever comes back; only where no connection came about, nothing was asked.
-Clients are those of the file of keys (`services.keys`). Without one, a key is a name that anybody may use or invent,
-and those without any are a client too: budgets hold back clients that are honest then, or whose header a proxy sets.
-Such keys are remembered as the first 16 hexadecimal digits of their SHA-256, and only so many of them: later ones share
-one account, budget included.
-
-Everything is counted in memory, from the start of the process.
+A query is one image handed to the victim, whatever comes back; a failed connection costs nothing. Clients come from
+the file of keys (`services.keys`). Without one, a key is a self-chosen name, so budgets only hold back honest clients
+or those whose header a proxy sets; the name is stored as a truncated SHA-256, and beyond `MAX_KEYS` names all share one
+account. Everything is counted in memory, from the start of the process.
 """
 
 import hashlib
@@ -34,29 +31,23 @@ Comparison = Literal["agreed", "disagreed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What one account may spend.
-
-    Attributes:
-        queries: victim queries; None: any number.
-        window_s: seconds, from the first query on, after which it is full again; None: never.
-    """
+    """What one account may spend: `queries` victim queries (None: any number) per `window_s` seconds (None: ever)."""
 
     queries: int | None = None
     window_s: float | None = None
 
 
 class Account:
-    """One client's queries. Not safe to use from several threads.
+    """One client's queries. Not thread-safe.
 
     Attributes:
-        queries: what was spent since the start, by purpose: a mode, or "shadow".
-        shadow: images whose answers were to be compared, by what came of it.
-        refused: requests that the budget did not hold.
-        suspected: images that looked like an attack by queries; see `services.gateway.detection`.
+        queries: spent since the start, by purpose: a mode, or "shadow".
+        shadow: images compared with their raw form, by outcome.
+        refused: requests refused because of the budget.
+        suspected: images that looked like a query attack; see `services.gateway.detection`.
     """
 
     def __init__(self, budget: Budget, clock: Callable[[], float] = time.monotonic) -> None:
-        """Opens an account on which nothing was spent."""
         self.queries: Counter[str] = Counter()
         self.shadow: Counter[Comparison] = Counter()
         self.refused = 0
@@ -69,7 +60,7 @@ class Account:
 
     @property
     def left(self) -> int | None:
-        """Queries that the budget still holds, those reserved for requests in work not counted; None: any number."""
+        """Queries left in the budget, excluding reserved ones; None: any number."""
         if self._budget.queries is None:
             return None
         self._roll()
@@ -77,14 +68,14 @@ class Account:
 
     @property
     def resets_in_s(self) -> float | None:
-        """Seconds until the budget is full again; None: it is, or it never will be."""
+        """Seconds until the budget is full again; None: it already is, or never will be."""
         self._roll()
         if self._since is None or self._budget.window_s is None:
             return None
         return self._since + self._budget.window_s - self._clock()
 
     def quote(self) -> dict[str, Any] | None:
-        """The budget and what is left of it, in JSON; None without one."""
+        """The budget and what is left of it, in JSON; None without a budget."""
         if self._budget.queries is None:
             return None
         return {
@@ -96,11 +87,7 @@ class Account:
 
     @contextmanager
     def bill(self, purpose: str, queries: int) -> Iterator["Bill"]:
-        """Reserves what a request may cost; what it has not spent when the context ends is given back.
-
-        Raises:
-            BudgetSpent: the budget does not hold it.
-        """
+        """Reserves `queries`; gives back the unspent ones at the end. Raises BudgetSpent if too few are left."""
         left = self.left
         if left is not None and queries > left:
             self.refused += 1
@@ -114,7 +101,7 @@ class Account:
             bill.reserved = 0
 
     def spend(self, purpose: str, queries: int) -> None:
-        """Counts queries that are about to be sent; a negative number takes back what was not sent after all."""
+        """Counts queries about to be sent; a negative number takes back unsent ones."""
         self._roll()
         if self._since is None and queries > 0:
             self._since = self._clock()
@@ -126,7 +113,7 @@ class Account:
         self._reserved -= queries
 
     def _roll(self) -> None:
-        """Fills the budget again when its window has ended."""
+        """Refills the budget when its window has ended."""
         window_s = self._budget.window_s
         if self._since is not None and window_s is not None and self._clock() >= self._since + window_s:
             self._used = 0
@@ -147,30 +134,23 @@ class Account:
 
 
 class Bill:
-    """One request's queries.
-
-    Attributes:
-        account: who pays.
-        reserved: what it may still spend.
-        spent: what it has spent.
-    """
+    """One request's queries: how many are still `reserved` and how many `spent`."""
 
     def __init__(self, account: Account, purpose: str, reserved: int) -> None:
-        """Made by `Account.bill`."""
         self.account = account
         self.reserved = reserved
         self.spent = 0
         self._purpose = purpose
 
     def spend(self, queries: int, purpose: str | None = None) -> None:
-        """Counts queries that are about to be sent, by default for the purpose of the bill."""
+        """Counts queries about to be sent, by default for the bill's purpose."""
         self.account.release(queries)
         self.reserved -= queries
         self.account.spend(purpose or self._purpose, queries)
         self.spent += queries
 
     def refund(self, queries: int, purpose: str | None = None) -> None:
-        """Takes back queries that were not sent after all."""
+        """Takes back queries that were not sent."""
         self.account.spend(purpose or self._purpose, -queries)
         self.spent -= queries
 
@@ -184,14 +164,13 @@ class Accounts:
         clock: seconds, from any start.
 
     Attributes:
-        own: the gateway's: what it asked to learn the classes' names ("labels") and the shape of the scores ("shape"),
-            and images that it sent again to another replica ("resent").
+        own: the gateway's own queries: for class names ("labels"), score shapes ("shape"), and images
+            sent again to another replica ("resent").
     """
 
     def __init__(
         self, budget: Budget, *, max_keys: int = MAX_KEYS, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Knows no client yet."""
         self.own = Account(Budget())
         self._budget = budget
         self._max_keys = max_keys
@@ -199,17 +178,17 @@ class Accounts:
         self._by_name: dict[str, Account] = {}
 
     def of(self, name: str) -> Account:
-        """The account of a client, opened if need be."""
+        """The client's account, opened if need be."""
         if name not in self._by_name:
             self._by_name[name] = Account(self._budget, self._clock)
         return self._by_name[name]
 
     def quote(self, name: str) -> dict[str, Any] | None:
-        """What `Account.quote` says of a client, for whom no account is opened."""
+        """`Account.quote` of a client, without opening an account."""
         return (self._by_name.get(name) or Account(self._budget, self._clock)).quote()
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that is counted, in JSON. Counters only rise, but for queries that were not sent after all."""
+        """All counters, in JSON. They only rise, except when unsent queries are taken back."""
         total: Counter[str] = Counter()
         for account in self._by_name.values():
             total.update(account.queries)
@@ -229,7 +208,7 @@ class Accounts:
         }
 
     def name(self, key: str | None) -> str:
-        """The client that a key belongs to where keys are names: its account's name, or what that would be now."""
+        """The account's name for a self-chosen key."""
         if not key:
             return ANONYMOUS
         name = f"sha256:{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -1,7 +1,7 @@
-"""What an operator may ask of a running gateway, by Triton's model repository extension: list, load, roll back.
+"""Administration by Triton's model repository extension: list, load, roll back.
 
-The paths exist only with an `--admin-token`, which requests carry as `Authorization: Bearer TOKEN`. So do those to
-`GET /queries` then.
+The paths exist only with `--admin-token`, which requests to them, and to `GET /queries`, then carry as
+`Authorization: Bearer TOKEN`.
 """
 
 import hmac
@@ -19,11 +19,7 @@ from services.protocol.errors import Unauthorized, Unsupported
 
 
 class LoadParameters(BaseModel):
-    """What is to be loaded.
-
-    Attributes:
-        version: its number; None: the newest.
-    """
+    """The `version` to load; None: the newest."""
 
     model_config = ConfigDict(extra="forbid")
 

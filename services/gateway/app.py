@@ -1,6 +1,6 @@
-"""The gateway's application: what leaves it has been sanitized, what it answers was answered to sanitized images.
+"""The gateway's application: it sends only sanitized images to the victim, and answers only from those.
 
-One exception has to be switched on: `services.gateway.shadow` sends raw images too, whose answers stay here.
+The opt-in exception is `services.gateway.shadow`, which also sends raw images; their answers stay here.
 """
 
 from collections.abc import AsyncIterator
@@ -31,12 +31,11 @@ def make_gateway(
     Args:
         version: the artifact to begin with.
         settings: the service's settings.
-        repository: where other versions are loaded from; None: there are none.
-        transport: in place of the network to the victim, for tests.
+        repository: where other versions are loaded from; None: nowhere.
+        transport: replaces the network to the victim in tests.
 
     Raises:
-        ServiceError: a URL or the mapping is invalid, the device of the settings cannot be used, a mode could never
-            answer anything, or the images for self-tests cannot be read.
+        ServiceError: the settings are invalid: URL, mapping, device, modes, or the self-test images.
     """
     gateway = Gateway(version, settings, repository=repository, transport=transport)
 
@@ -64,7 +63,7 @@ def make_gateway(
 
 
 def load_gateway(settings: GatewaySettings) -> FastAPI:
-    """The application around the version of the artifact that the settings name.
+    """The application around the artifact in the settings.
 
     Raises:
         ArtifactError: there is no artifact, or it cannot be loaded.

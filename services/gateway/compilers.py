@@ -1,7 +1,7 @@
-"""What computes the sanitizer: PyTorch, or a compiler of the same network, held to PyTorch's answers.
+"""Runs the sanitizer with PyTorch or a compiled runtime.
 
-A runtime is used only if it agrees with PyTorch in float32 within `TOLERANCE` on probe images, so that what was
-measured with one holds for another.
+A compiled runtime is used only if it agrees with PyTorch in float32 within `TOLERANCE` on probe images, so that what
+was measured with one holds for the other.
 """
 
 import copy
@@ -48,12 +48,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Runtime:
-    """A sanitizer that can be run.
-
-    Attributes:
-        kind: what computes it.
-        run: (n,C,H,W) float32 images in memory of the CPU to the same; called in one thread at a time.
-    """
+    """What computes the sanitizer: `run` maps (n,C,H,W) float32 CPU images to the same, in one thread at a time."""
 
     kind: Kind
     run: Run
@@ -63,15 +58,13 @@ def load_runtime(name: RuntimeName, sanitizer: nn.Module, shape: tuple[int, int,
     """Makes a sanitizer ready to run.
 
     Args:
-        name: what shall compute it; "auto": on a CPU the fastest of PyTorch, OpenVINO and ONNX Runtime, as far as they
-            are installed, take the network and agree; on other devices PyTorch.
+        name: the runtime; "auto": on a CPU the fastest installed one that agrees with PyTorch, elsewhere PyTorch.
         sanitizer: the module; it is moved to the device.
         shape: (C,H,W) of its images.
-        device: where it runs; for all but "torch" the CPU.
+        device: where it runs; only "torch" runs elsewhere than on the CPU.
 
     Raises:
-        ServiceError: the runtime that was named is not installed, does not run on this device, cannot take this
-            network, or does not agree with PyTorch.
+        ServiceError: the named runtime is not installed, cannot run this network here, or disagrees with PyTorch.
     """
     if name != "auto":
         runtime = open_runtime(name, sanitizer, shape, device)
@@ -100,16 +93,12 @@ def load_runtime(name: RuntimeName, sanitizer: nn.Module, shape: tuple[int, int,
 
 
 def is_installed(kind: Kind) -> bool:
-    """Whether what a runtime needs is installed."""
+    """Whether the packages that a runtime needs are installed."""
     return all(find_spec(package) is not None for package in _NEEDS.get(kind, ()))
 
 
 def open_runtime(kind: Kind, sanitizer: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Runtime:
-    """One runtime, whether it agrees or not; arguments as of `load_runtime`.
-
-    Raises:
-        ServiceError: it is not installed, does not run on this device, or cannot take this network.
-    """
+    """Opens one runtime without comparing it. Raises ServiceError if it is not installed or cannot run the network."""
     if not is_installed(kind):
         raise ServiceError(f"--runtime {kind} needs {', '.join(_NEEDS[kind])}: pip install 'zo-gateway[runtimes]'")
     if device.type != "cpu" and kind != "torch":
@@ -125,14 +114,14 @@ def open_runtime(kind: Kind, sanitizer: nn.Module, shape: tuple[int, int, int], 
 
 
 def disagreement(runtime: Runtime, sanitizer: nn.Module, shape: tuple[int, int, int], device: torch.device) -> float:
-    """The most by which a pixel of probe images differs from PyTorch's in float32."""
+    """The largest difference of a pixel of the probe images from PyTorch in float32."""
     images = _probe(8, shape)
     with torch.inference_mode():
         return float((runtime.run(images) - _torch(sanitizer, shape, device)(images)).abs().max())
 
 
 def _cost(runtime: Runtime, shape: tuple[int, int, int]) -> float:
-    """Seconds an image, summed over batches of each size; the least of some rounds, as other work only adds to it."""
+    """Seconds per image, summed over the batch sizes; the minimum of several rounds."""
     total = 0.0
     with torch.inference_mode():
         for size in _BATCHES:
@@ -146,14 +135,14 @@ def _cost(runtime: Runtime, shape: tuple[int, int, int]) -> float:
 
 
 def _probe(images: int, shape: tuple[int, int, int]) -> Tensor:
-    """Noise on even grey, from dark to bright."""
+    """Noise on uniform grey, from dark to bright."""
     noise = torch.rand((images, *shape), generator=torch.Generator().manual_seed(0))
     return 0.4 * noise + 0.6 * torch.linspace(0, 1, images).view(-1, 1, 1, 1)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of their own future and of this network's constants."""
+    """Silences the exporters' warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -22,21 +22,16 @@ from services.protocol.responses import Signature
 
 
 class Defense:
-    """A version at work. An async context manager: it works inside only.
-
-    Batches are its own, so that no two versions ever share one.
+    """A version at work, with batches of its own. An async context manager: it works inside only.
 
     The arguments after `version` and `settings` are those of `Pipeline`.
 
     Attributes:
         shape: (C,H,W) of the images.
-        modes: what requests may ask for.
-        shadow: what compares raw answers.
-        signature: who answers, but for the classes' names.
+        signature: who answers, except for the class names.
 
     Raises:
-        ServiceError: a URL or the mapping is invalid, the device of the settings cannot be used, or a mode could never
-            answer anything.
+        ServiceError: a URL or the mapping is invalid, the device cannot be used, or a mode could never answer.
     """
 
     def __init__(

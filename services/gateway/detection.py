@@ -1,11 +1,10 @@
-"""Attacks by queries, recognised while they go on: many different images of one client that are near one another.
+"""Detects query attacks as they happen: many different images of one client that are near one another.
 
-What is found is counted (`GET /queries`) and logged, once a group of images, and on demand the client is slowed down or
-refused. Its answers do not say that it was suspected: an attacker could look for the threshold by them. `refuse` cannot
-help telling.
+Findings are counted (`GET /queries`) and logged once per group of images; optionally the client is also slowed down or
+refused. Answers do not reveal a suspicion, except by `refuse`, as attackers could use them to find the threshold.
 
-An attacker who spreads over many keys, waits for windows to end, or moves images about by more than the radius between
-queries (Feng et al. 2023, OARS) is seen late or not at all: this makes attacks dearer, not impossible.
+Attackers who spread over many keys, wait for windows to end or move images by more than the radius between queries
+(Feng et al. 2023, OARS) are detected late or never: this makes attacks more expensive, not impossible.
 """
 
 import asyncio
@@ -31,31 +30,22 @@ MAX_HISTORIES: Final = 1000
 
 
 class Detector:
-    """Watches what clients send.
-
-    Args:
-        settings: the service's settings.
-        clock: seconds, from any start.
-    """
+    """Watches what clients send; `clock` gives seconds, from any start."""
 
     def __init__(self, settings: GatewaySettings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Has seen nothing yet."""
         self._settings = settings
         self._clock = clock
         self._histories: OrderedDict[str, History] = OrderedDict()
         self._waiting = Admission(settings.max_queue)
 
     async def watch(self, name: str, account: Account, images: Array) -> None:
-        """Looks at the images of a request before they are worked on; waits, if it is to be slowed down.
+        """Checks a request's images (N,C,H,W) before the work on them begins, and delays the request if configured.
 
-        Args:
-            name: the client's, as it is logged.
-            account: the client's, on which suspected images are counted.
-            images: (N,C,H,W).
+        Suspected images are counted on `account`; `name` is the client's name in the log.
 
         Raises:
-            AttackSuspected: an image is suspected, and such requests are refused.
-            Overloaded: an image is suspected, and too many requests are waiting already.
+            AttackSuspected: an image is suspected and detection is set to refuse.
+            Overloaded: an image is suspected and too many requests are being delayed already.
         """
         if self._settings.detection == "off":
             return

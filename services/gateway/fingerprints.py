@@ -1,11 +1,9 @@
-"""Perceptual fingerprints, and how many different images near one another a client has sent: in bounded memory.
+"""Perceptual fingerprints, and how many different near images a client has sent, in bounded memory.
 
-An attacker who sees nothing but answers (score-based: Andriushchenko et al. 2020, Square; decision-based: Chen et al.
-2020, HopSkipJump) needs hundreds of images that differ from one another by hardly anything. To keep what was asked and
-look for neighbours is the stateful defense of Chen et al. 2020 ("Stateful Detection of Black-Box Adversarial Attacks")
-and of Blacklight (Li et al. 2022). Two things are different here. Neighbours are counted by the group they form, so
-that memory is a bounded number of groups instead of every image; and an image that was sent before, to the last bit, is
-not counted: the answer to it teaches nothing new, and honest clients repeat themselves.
+Black-box attacks (score-based: Andriushchenko et al. 2020, Square; decision-based: Chen et al. 2020, HopSkipJump) need
+hundreds of almost equal images. Stateful defenses (Chen et al. 2020, "Stateful Detection of Black-Box Adversarial
+Attacks"; Li et al. 2022, Blacklight) keep queries and look for neighbours. Here, neighbours are counted by group, which
+bounds memory, and exact repetitions are not counted: they teach an attacker nothing, and honest clients repeat images.
 """
 
 import hashlib
@@ -36,9 +34,9 @@ class Meeting:
     """What came of an image.
 
     Attributes:
-        near: different images that its group has had in the present window, this one included.
-        is_new: whether it was not sent before, to the last bit.
-        ends_in_s: seconds until the group's count begins anew.
+        near: different images in its group in this window, this one included.
+        is_new: whether it was not sent before, bit for bit.
+        ends_in_s: seconds until the group's count starts anew.
     """
 
     near: int
@@ -49,8 +47,8 @@ class Meeting:
 def fingerprints(images: Array) -> Fingerprints:
     """The fingerprints (N, SIDE * SIDE) in [0,1] of images (N,C,H,W), whose values are clipped to [0,1].
 
-    Means over squares keep what the eye sees and lose most of what is added pixel by pixel. Brightness stays in: images
-    that differ by it alone are different questions to ordinary clients too.
+    Block means keep visible content and lose most pixel noise. Brightness is kept: to ordinary clients too, images that
+    differ only by it are different.
     """
     # Products with narrow matrices, not PyTorch's pooling: its threads would take the sanitizer's cores.
     grey = images.clip(0, 1).mean(axis=1)
@@ -75,11 +73,11 @@ def digests(images: Array) -> Digests:
 
 
 class History:
-    """What one client has asked, as groups of near images. Not safe to use from several threads.
+    """One client's images, as groups of near ones. Not thread-safe.
 
     Args:
-        radius: how near to the group's first image another one is, to belong to it; as `fingerprints` measures.
-        window_s: seconds after which a group's count begins anew.
+        radius: maximum distance from a group's first image, as `fingerprints` measures.
+        window_s: seconds after which a group's count starts anew.
     """
 
     def __init__(self, radius: float, window_s: float) -> None:

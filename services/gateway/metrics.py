@@ -1,6 +1,6 @@
-"""What the gateway counts and times, for Prometheus: on a port of the operator's own, which no client is shown.
+"""Prometheus metrics of the gateway, on a port of the operator's own that clients do not see.
 
-Names begin with `zo_gateway_`. Counters by client key have the same names of keys as `GET /queries`.
+Names begin with `zo_gateway_`. Client keys have the same names as in `GET /queries`.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,11 +24,7 @@ _IMAGES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counters and histograms, in a registry of their own.
-
-    Attributes:
-        registry: what is exported.
-    """
+    """Counters and histograms, exported from their own `registry`."""
 
     def __init__(self) -> None:
         """Starts at zero."""
@@ -88,11 +84,7 @@ class Metrics:
 
     @contextmanager
     def serving(self, host: str, port: int | None) -> Iterator[None]:
-        """Serves the metrics at a port, as long as the context lasts; None: nowhere.
-
-        Raises:
-            OSError: the port cannot be listened on.
-        """
+        """Serves the metrics while the context lasts; None: nowhere. Raises OSError if the port cannot be bound."""
         if port is None:
             yield
             return

@@ -1,19 +1,16 @@
-"""The modes of the gateway: what is computed for a request, on how many noisy copies, and what may be claimed then.
+"""The modes of the gateway: what is computed for a request, on how many noisy copies, and what may be claimed.
 
     sanitize   one deterministic pass: the victim's scores for the sanitized image             1 query an image
-    smooth     n noisy copies, each sanitized; the majority of the victim's answers to them,
+    smooth     n noisy copies, each sanitized; the majority of the victim's answers,
                or an abstention where the lead may be chance (`Predict`)                       n queries an image
     certify    n0 copies choose the class, n others bound its probability: the class and the
                L2 radius within which it provably does not change (`Certify`, SegCertify)      n0 + n queries an image
 
 Sources: Cohen, Rosenfeld and Kolter, ICML 2019, section 3.2; Fischer, Baader and Vechev, ICML 2021, algorithm 2.
 
-What is certified is the smoothed model, which answers the class that the sanitizer and the victim behind it most often
-give to noisy copies of an image. The image is the one that the model sees: an upload's, resized to the model's size.
-Radii are distances between such images, whose values lie in [0,1].
-
-A request chooses among the configured modes (`?mode=`), and a smaller n (`?n=`). It chooses nothing else: sigma, alpha
-and tau are the server's, and so is the noise.
+The certificate is about the smoothed model: the class that sanitizer and victim most often give to noisy copies of an
+image, at the model's size and with values in [0,1]. A request chooses the mode (`?mode=`) and a smaller n (`?n=`);
+sigma, alpha, tau and the noise are the server's.
 """
 
 from collections.abc import Callable
@@ -40,10 +37,10 @@ class Plan:
 
     Attributes:
         mode: the mode.
-        copies: how many noisy copies vote, by what their votes are for: (), (n) or (n0, n).
-        sigma: standard deviation of their noise, in units of [0,1].
-        alpha: probability that what is claimed is wrong.
-        tau: least probability of a certified pixel's class.
+        copies: noisy copies in each vote: (), (n) or (n0, n).
+        sigma: standard deviation of the noise, in units of [0,1].
+        alpha: probability that a claim is wrong.
+        tau: minimum probability of a certified pixel's class.
     """
 
     mode: Mode
@@ -72,10 +69,10 @@ class Modes:
 
     Args:
         settings: the service's settings.
-        sigma: standard deviation of the noise that the artifact was trained for; the settings' own counts before it.
+        sigma: the noise that the artifact was trained for; the settings' sigma takes precedence.
 
     Raises:
-        InvalidInput: the settings allow a mode that could never answer anything.
+        InvalidInput: the settings allow a mode that could never answer.
     """
 
     def __init__(self, settings: GatewaySettings, sigma: float) -> None:
@@ -102,14 +99,10 @@ class Modes:
                 )
 
     def plan(self, mode: Mode | None, n: int | None) -> Plan:
-        """What is computed for a request.
-
-        Args:
-            mode: what it asks for; None: the first of the configured modes.
-            n: how many copies it asks for; None: as many as are configured.
+        """What is computed for a request; None stands for the configured default.
 
         Raises:
-            InvalidInput: the mode is not offered, or n lies outside of what it may be.
+            InvalidInput: the mode is not offered, or n is out of range.
         """
         mode = self.allowed[0] if mode is None else mode
         if mode not in self._largest:

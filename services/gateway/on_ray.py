@@ -1,10 +1,9 @@
-"""The gateway on Ray Serve: the same application in as many replicas as the load asks for, on one machine or many.
+"""The gateway on Ray Serve, in as many replicas as the load needs, on one machine or many.
 
     python -m services.gateway.on_ray --artifact artifacts/phantom/zo-ds --victim-url http://localhost:8000
 
 Needs `pip install 'zo-gateway[ray]'`. Joins the cluster that RAY_ADDRESS names, else starts one on this machine. Ray
-spreads requests and starts and ends replicas by the requests in flight; batches are made inside a replica, by the
-gateway itself.
+scales by requests in flight; each replica makes its own batches.
 """
 
 import logging
@@ -60,11 +59,7 @@ class RayGatewaySettings(GatewaySettings):
 
 
 def application(settings: RayGatewaySettings) -> "Application":
-    """The gateway as an application for `ray.serve.run`.
-
-    Args:
-        settings: the service's; paths have to be the same on every node.
-    """
+    """The gateway as an application for `ray.serve.run`; paths in the settings have to be the same on every node."""
     from ray import serve
 
     def build() -> FastAPI:
@@ -90,14 +85,7 @@ def application(settings: RayGatewaySettings) -> "Application":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to end.
-
-    Args:
-        argv: the arguments without the program's name; `sys.argv[1:]` when None.
-
-    Returns:
-        the exit code: 0, or 2 after one line on stderr.
-    """
+    """Serves until terminated. Returns the exit code: 0, or 2 after one line on stderr."""
     settings = read_settings(RayGatewaySettings, argv)
     settings = settings.model_copy(update={"artifact": settings.artifact.absolute()})
     program = RayGatewaySettings.model_config.get("cli_prog_name")

@@ -54,18 +54,14 @@ class Pipeline:
 
     Args:
         shape: (C,H,W) of the images.
-        labels: the victim's classes, where the artifact knows them; else empty.
-        own: the account of the queries that no client's image needs.
-        admission: where images in work are counted.
-        metrics: where batches are counted and timed.
-        transport: in place of the network to the victim, for tests.
-
-    Attributes:
-        ready: whether the victim says that it is ready.
-        runtime: what computes the sanitizer.
+        labels: the victim's classes if the artifact knows them, else empty.
+        own: the account of queries that belong to no client.
+        admission: counts images in work.
+        metrics: counts and times batches.
+        transport: replaces the network to the victim in tests.
 
     Raises:
-        ServiceError: a URL or the mapping is invalid, or the device or the runtime of the settings cannot be used.
+        ServiceError: a URL or the mapping is invalid, or the device or the runtime cannot be used.
     """
 
     def __init__(
@@ -137,7 +133,7 @@ class Pipeline:
     async def ask(self, images: Array, payer: Payer) -> Array:
         """The victim's scores, (N,K) or (N,K,H,W), for the sanitized images (N,C,H,W); `payer` pays N queries.
 
-        Raises ServiceError if the victim failed, with what clients are to be told of it.
+        Raises ServiceError, with a message for clients, if the victim failed.
         """
         return self._checked(await self._batcher(images, payer))
 
@@ -180,10 +176,7 @@ class Pipeline:
                 raise
 
     async def names(self, images: Array, classes: int) -> Sequence[str]:
-        """The names of the classes: the artifact's, or the victim's own, asked for once; else numbers.
-
-        A sanitizer that was trained without any query does not know them: the first image, sanitized, is asked with.
-        """
+        """The class names: the artifact's or the victim's, asked for once, with a sanitized image; else numbers."""
         if self._labels:
             return self._labels
         async with self._learning:
@@ -202,10 +195,9 @@ class Pipeline:
             return self._learned_labels[classes]
 
     async def scores_shape(self) -> tuple[int, ...]:
-        """What the victim answers to one image; if none was sent so far, it is asked about a grey one, once.
+        """The shape of the victim's answer to one image; before any was sent, found by asking once about a grey one.
 
-        Neither the artifact nor a victim's URL says whether the victim scores images or pixels, and the protocol knows
-        no shape that leaves the number of axes open.
+        Neither the artifact nor the victim's URL says whether it scores images or pixels.
         """
         async with self._learning:
             if not self._learned_shape:

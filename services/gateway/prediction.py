@@ -41,11 +41,7 @@ def prediction_api(gateway: Gateway) -> APIRouter:
 
 
 async def defend(gateway: Gateway, request: Request, options: Options, *, tensors_only: bool = False) -> Response:
-    """Reads a request and answers it, as long as its client waits.
-
-    Raises:
-        ServiceError: the subclass that says why it is not answered.
-    """
+    """Reads a request and answers it while its client waits. Raises the ServiceError that says why it is refused."""
     client = gateway.access.client(options.key)
     deadlines.begin(request, gateway.settings.deadline_s)
     with gateway.current.in_use() as defense:

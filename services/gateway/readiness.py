@@ -10,12 +10,7 @@ FRESH_S: Final = 1.0
 
 
 class Readiness:
-    """The answer to one question, put at most once in a while and never twice at once.
-
-    Args:
-        ask: the question.
-        clock: seconds, from any start.
-    """
+    """Caches the answer to `ask`, which is never called twice at once; `clock` gives seconds, from any start."""
 
     def __init__(self, ask: Callable[[], Awaitable[bool]], clock: Callable[[], float] = time.monotonic) -> None:
         """Asks nothing yet."""

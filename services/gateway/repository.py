@@ -1,11 +1,10 @@
-"""Where artifacts come from: one folder, or a folder of numbered versions as Triton's model repositories have them.
+"""Where artifacts come from: one folder, or a folder of numbered versions as in Triton's model repositories.
 
-    defense/manifest.json ...          an artifact by itself, which is version 1
-    defense/1/manifest.json ...        versions: folders named by a number from 1, of which the highest is the newest
+    defense/manifest.json ...          a single artifact, which is version 1
+    defense/1/manifest.json ...        versions: folders numbered from 1; the highest is the newest
     defense/2/manifest.json ...
 
-A version that is being copied is never served: an artifact is whole, down to the hash of its weights, or it is refused.
-`training.zo_fit --out defense/3` writes the manifest last.
+A version that is still being copied is refused, as its hashes do not match; `training.zo_fit` writes the manifest last.
 """
 
 import re
@@ -36,11 +35,7 @@ class Version:
 
 
 class Repository:
-    """The versions that there are. Methods read the disk each time.
-
-    Args:
-        path: an artifact's folder, or one of numbered versions.
-    """
+    """The versions in `path`, an artifact's folder or one of numbered versions. Methods read the disk each time."""
 
     def __init__(self, path: Path) -> None:
         """Reads nothing yet."""
@@ -57,13 +52,10 @@ class Repository:
         return tuple(sorted((one.name for one in folders if (one / MANIFEST_FILE).exists()), key=int))
 
     def load(self, number: str | None = None) -> Version:
-        """Loads a version, and tries its sanitizer on images that need nobody's data.
-
-        Args:
-            number: which; None: the newest.
+        """Loads a version (None: the newest) and tries its sanitizer on synthetic images.
 
         Raises:
-            ArtifactError: there is no such version, or it is not whole, or what it returns are no images.
+            ArtifactError: the version is missing or incomplete, or its output is not an image.
         """
         numbers = self.numbers()
         if not numbers:
@@ -87,11 +79,7 @@ def probes(shape: tuple[int, int, int]) -> Array:
 
 @torch.inference_mode()
 def _try(artifact: Artifact, number: str) -> None:
-    """Passes the probes through twice.
-
-    Raises:
-        ArtifactError: what comes out has another shape, is not in [0,1], or is not the same twice.
-    """
+    """Passes the probes through twice. Raises ArtifactError if shape or range is wrong, or the outputs differ."""
     shape = artifact.manifest.input
     images = torch.from_numpy(probes((shape.channels, shape.height, shape.width)))
     first, second = artifact.sanitizer(images), artifact.sanitizer(images)

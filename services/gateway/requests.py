@@ -69,10 +69,10 @@ class Options:
     """What a request asks for beside its images.
 
     Attributes:
-        mode: one of the modes that are offered; None: the first of them.
-        n: how many noisy copies; None: as many as are configured.
-        dry_run: whether only to say what the answer would cost.
-        key: what tells who asks; None: nothing does.
+        mode: None: the first mode offered.
+        n: noisy copies; None: as many as are configured.
+        dry_run: whether only to quote the cost.
+        key: the client's key, if any.
     """
 
     mode: Mode | None

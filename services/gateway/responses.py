@@ -1,11 +1,10 @@
-"""Answers with evidence: what the gateway says, in the form in which it was asked, and how it came to say so.
+"""Answers with evidence, in the form in which the request asked.
 
-To an image, the evidence is the JSON member `evidence`; to tensors, its numbers are parameters of the response, their
-names beginning with `evidence_`. They are in the header X-Evidence too, in JSON: beside a PNG there is no other place.
+The evidence of an answer to an image is the JSON member `evidence`; to tensors, parameters of the response prefixed
+`evidence_`. The header X-Evidence has it too, in JSON, as beside a PNG there is no other place.
 
 To tensors, `smooth` answers with `probabilities`, the shares of the votes, (N,K) or (N,K,H,W), and `label`, INT64 (N)
-or (N,H,W), which is -1 where it abstains; `certify` with `radius` and `radius_linf` too, FP32 (N). The shares alone do
-not say where it abstains: times n, they are the votes.
+or (N,H,W), -1 where it abstains; `certify` adds `radius` and `radius_linf`, FP32 (N).
 """
 
 import base64
@@ -46,12 +45,7 @@ OUTPUTS: Final[dict[Mode, dict[str, _Output]]] = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an answer says of itself.
-
-    Attributes:
-        plan: what was computed.
-        queries: victim queries that the request was charged.
-    """
+    """What an answer says of itself: the plan, and the victim queries that the request was charged."""
 
     plan: Plan
     queries: int
@@ -101,14 +95,7 @@ async def verdict_response(
 def quote_response(
     request: PredictRequest, evidence: Evidence, budget: Mapping[str, Any] | None, signature: Signature
 ) -> Response:
-    """What the request would cost, in place of an answer.
-
-    Args:
-        request: what was asked.
-        evidence: what would be computed, and what it would be charged.
-        budget: what the client may spend; None: any number.
-        signature: who answers.
-    """
+    """What the request would cost, in place of an answer; `budget` is what the client may spend, None any number."""
     signed = evidence.on(signature)
     if request.form == "image":
         told = {"dry_run": True, "images": len(request.images), "budget": budget}

@@ -1,10 +1,8 @@
-"""Shadow queries: the raw image is sent to the victim too, and only counted is whether its answer differs.
+"""Shadow queries: the victim is also sent the raw image, only to count whether its answer differs.
 
-Raw and sanitized answers agree on ordinary images; on adversarial ones the raw answer is the attacker's. Their rate of
-disagreement rises when somebody attacks.
-
-The raw answer never leaves the gateway, and no request waits for it or fails with it. But who reads how often a key's
-answers disagreed learns a little of the raw answers: the counters are for the operator.
+Raw and sanitized answers agree on ordinary images; on adversarial ones the raw answer is the attacker's, so
+disagreement rises during an attack. No request waits for the raw answer, fails with it or returns it. The counters are
+for the operator only, as they reveal a little of the raw answers.
 """
 
 import asyncio
@@ -31,11 +29,11 @@ PURPOSE: Final = "shadow"
 
 
 class Shadow:
-    """Compares answers behind the requests' backs. An async context manager: what is in work at its end is given up.
+    """Compares answers in the background. An async context manager: on exit, unfinished comparisons are cancelled.
 
     Args:
-        forward: asks the victim about images as they are.
-        max_images: images in work beyond which those of further requests are skipped.
+        forward: asks the victim about raw images.
+        max_images: images in work beyond which further ones are skipped.
         least_dice: Dice of two masks below which they disagree.
     """
 
@@ -59,12 +57,12 @@ class Shadow:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def watch(self, images: Array, answered: Array, bill: Bill) -> None:
-        """Begins to compare, if there is room for it; returns at once.
+        """Starts a comparison if there is room, and returns at once.
 
         Args:
-            images: (N,C,H,W), raw; values outside [0,1] are clipped, as no image has them.
-            answered: (N,K) or (N,K,H,W), largest where the class is that was answered.
-            bill: on which N queries are reserved for it; they are spent unless the images are skipped.
+            images: (N,C,H,W), raw; values are clipped to [0,1].
+            answered: (N,K) or (N,K,H,W), largest at the class that was answered.
+            bill: has N queries reserved; they are spent unless the images are skipped.
         """
         room = ExitStack()
         try:
@@ -93,16 +91,10 @@ class Shadow:
 
 
 def disagreements(first: Array, second: Array, least_dice: float) -> int:
-    """How many of N images two answers differ on.
+    """On how many of N images two score arrays of the same shape, (N,K) or (N,K,H,W), disagree.
 
-    Two answers of one class an image differ where the classes do. Two masks differ where their Dice is below
-    `least_dice`: 2 |A and B| / (|A| + |B|), A and B the pixels with a class other than 0, and A and B those where it is
-    the same; 1 if both masks are empty.
-
-    Args:
-        first: scores (N,K) or (N,K,H,W).
-        second: scores of the same shape.
-        least_dice: in [0,1].
+    Single classes disagree if they differ, masks if their Dice, 2 |A and B| / (|A| + |B|), is below `least_dice`: A and
+    B are the pixels of a class other than 0, "A and B" those where it is the same; 1 if both are empty.
 
     Raises:
         ValueError: the shapes differ.

@@ -24,13 +24,10 @@ class Gateway:
     """The parts of a gateway. Arguments and errors are those of `services.gateway.app.make_gateway`.
 
     Attributes:
-        accounts: who caused how many queries.
-        images: where images in work are counted.
-        copies: where noisy copies in work are counted, apart from `images`: a request for a thousand copies is neither
-            refused because of ordinary traffic nor does it fill its queue.
-        versions: the sanitizer at work, and those before and after it.
-        detector: looks for attacks by queries.
-        decoders: decode images that clients send.
+        images: counts images in work.
+        copies: counts noisy copies in work, separately, so that neither ordinary traffic nor large requests for copies
+            crowd out the other.
+        versions: the sanitizer at work, and how to replace it.
         access: who may ask, and how fast.
     """
 

@@ -16,14 +16,14 @@ from services.upstream import Array
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of N images; P is () where each has a class, (H,W) where each of its pixels has.
+    """What is known of N images; P is () if they are classified, (H,W) if their pixels are.
 
     Attributes:
         labels: (N,*P) int64 classes, or `defense.smoothing.ABSTAIN`.
         votes: for each kind of copies of the plan, (N,K,*P) int64 counts.
-        shares: (N,K,*P) float32: the last of the votes over n, which estimate the smoothed model's probabilities.
-        radius: (N,) float64: L2 radius in units of [0,1] within which none of the labels changes; 0 where there are
-            only abstentions. None without a certificate.
+        shares: (N,K,*P) float32: the last votes over n, estimates of the smoothed model's probabilities.
+        radius: (N,) float64: certified L2 radius in units of [0,1], 0 if all labels are abstentions; None without a
+            certificate.
     """
 
     labels: npt.NDArray[np.int64]
@@ -33,14 +33,9 @@ class Verdict:
 
 
 def judge(plan: Plan, counts: Sequence[Tensor]) -> Verdict:
-    """What the votes say.
+    """The verdict from (N,K) or (N,K,H,W) int64 counts for each kind of copies of a smooth or certify plan.
 
-    Each image's answer is wrong with a probability of at most the plan's alpha; a mask's counts as wrong if any of its
-    pixels is.
-
-    Args:
-        plan: smooth or certify.
-        counts: for each kind of copies, (N,K) or (N,K,H,W) int64.
+    Each image's answer is wrong with probability at most alpha; a mask counts as wrong if any of its pixels is.
     """
     masks = counts[0].ndim == 4
     labels: list[Tensor] = []

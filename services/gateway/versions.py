@@ -1,7 +1,7 @@
-"""Which version answers: changed in one assignment, once the new one has passed its self-test; and back again.
+"""Which version answers: switched in one assignment after the new one passed its self-test, and back again.
 
-A request uses the version that it began with to its end, so that every answer is of one version, which it names. The
-one before stays loaded, so that the way back needs neither disk nor test.
+A request uses the version that it began with to its end, and its answer names it. The previous version stays loaded,
+so that rolling back needs neither disk nor test.
 """
 
 import asyncio
@@ -37,20 +37,17 @@ MAX_STORED: Final = 256
 
 
 class Versions:
-    """The version that answers, and those it may be changed for. An async context manager.
+    """The version that answers, and those it may be replaced by. An async context manager.
 
     Args:
         first: the version to begin with.
-        build: makes others ready.
-        repository: where they come from; None: there are none.
+        build: prepares other versions.
+        repository: where they come from; None: nowhere.
         settings: the service's settings.
-        own: the account of the self-tests' queries.
-
-    Attributes:
-        current: the version that answers.
+        own: the account that self-tests' queries are charged to.
 
     Raises:
-        InvalidInput: the stored images cannot be read.
+        InvalidInput: the self-test images cannot be read.
     """
 
     def __init__(
@@ -86,19 +83,13 @@ class Versions:
         return self._repository.numbers() if self._repository is not None else (self.current.number,)
 
     async def load(self, number: str | None = None) -> Defense:
-        """Changes for a version, once it has passed its self-test; until then, and if it does not, nothing changes.
-
-        Args:
-            number: which; None: the newest.
-
-        Returns:
-            the version that answers now; one that did already stays as it is.
+        """Switches to a version (None: the newest) once it passes its self-test; returns the version that answers now.
 
         Raises:
             NotFound: there is no such version.
-            Conflict: another change is going on, the version is not whole or takes other images or classes, or it
+            Conflict: another change is under way, or the version is incomplete, takes other images or classes, or
                 failed its self-test.
-            ServiceError: the victim failed when the self-test asked it.
+            ServiceError: the victim failed during the self-test.
         """
         if self._changing.locked():
             raise Conflict("another version is being loaded; ask again when that is done")
@@ -118,10 +109,10 @@ class Versions:
         return candidate
 
     async def roll_back(self) -> Defense:
-        """Changes back to the version before, which is still loaded; once more, and the later one is back.
+        """Switches back to the previous version; repeating it undoes that.
 
         Raises:
-            Conflict: another change is going on, or there was no version before.
+            Conflict: another change is under way, or there is no previous version.
         """
         if self._changing.locked():
             raise Conflict("another version is being loaded; ask again when that is done")
@@ -154,10 +145,10 @@ class Versions:
         logger.warning("version %s answers now (artifact %s)", self.current.number, self.current.manifest.id)
 
     async def _test(self, candidate: Defense) -> None:
-        """Asks the victim about images as they are and as the candidate sanitizes them.
+        """Compares the victim's answers to raw images and to those that the candidate sanitizes.
 
         Raises:
-            Conflict: too few of the stored images are answered alike.
+            Conflict: the answers to the stored images agree too rarely.
             ServiceError: the victim failed, or gave no valid answer.
         """
         stored = self._stored
@@ -189,11 +180,7 @@ def _check_alike(candidate: Defense, current: Defense) -> None:
 
 
 def _stored_images(folder: Path | None, shape: tuple[int, int, int]) -> Array | None:
-    """The images of a folder, (N,C,H,W), in the order of their names; None without a folder.
-
-    Raises:
-        InvalidInput: there are no images, too many, or a file is not an image.
-    """
+    """A folder's images, (N,C,H,W), sorted by name; None without a folder. Raises InvalidInput if they are unusable."""
     if folder is None:
         return None
     files = sorted(one for one in folder.rglob("*") if one.is_file()) if folder.is_dir() else []
@@ -210,10 +197,7 @@ def _stored_images(folder: Path | None, shape: tuple[int, int, int]) -> Array | 
 
 @contextmanager
 def reloading_on_hangup(versions: Versions) -> Iterator[None]:
-    """Loads the newest version whenever the process receives SIGHUP, as long as the context lasts.
-
-    Where there is no such signal, or this is not the main thread, nothing is changed.
-    """
+    """Loads the newest version on SIGHUP while the context lasts; off the main thread, does nothing."""
     loop = asyncio.get_running_loop()
     loads: set[asyncio.Task[None]] = set()
 

@@ -1,7 +1,7 @@
-"""The votes: what the victim answers to sanitized noisy copies of an image, counted.
+"""Counts the victim's votes on sanitized noisy copies of an image.
 
-The noise is Gaussian and not clipped, as the certificate wants it. It comes from a generator that is seeded with 128
-bits of the operating system's entropy for every request: nobody chooses it, and nobody can have seen it before.
+The noise is Gaussian and, as the certificate requires, not clipped. Its generator is seeded for every request with 128
+bits of the operating system's entropy, so that nobody can choose or predict it.
 """
 
 import asyncio
@@ -26,10 +26,7 @@ CHUNKS_AT_ONCE = 4
 
 
 class Voter:
-    """Counts votes, in chunks: memory is bounded whatever a request costs, and so is what others wait behind.
-
-    A request has one chunk in work at a time, and requests take turns, chunk by chunk. What the victim receives of a
-    chunk is one batch, which its client splits as it is set to.
+    """Counts votes in chunks, which bound memory and the time that others wait; requests take turns, chunk by chunk.
 
     Args:
         ask: the victim's scores (N,K) or (N,K,H,W) for images (N,C,H,W), once sanitized.
@@ -43,15 +40,7 @@ class Voter:
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE)
 
     async def __call__(self, images: Array, plan: Plan, bill: Bill) -> tuple[Tensor, ...]:
-        """The votes on each image.
-
-        Args:
-            images: (N,C,H,W).
-            plan: how many copies of each vote, and their noise.
-            bill: what pays for them.
-
-        Returns:
-            for every number in `plan.copies`, (N,K) or (N,K,H,W) int64 counts of that many copies.
+        """The votes on images (N,C,H,W): for each number in `plan.copies`, (N,K) or (N,K,H,W) int64 counts.
 
         Raises:
             ServiceError: the victim failed, or its answers cannot be counted.

@@ -39,15 +39,10 @@ _ERRORS: Final = {
 
 
 def make_hospital(model: nn.Module, config: VictimConfig, settings: HospitalSettings) -> FastAPI:
-    """The application around a model.
-
-    Args:
-        model: in eval mode; maps (N,C,H,W) in [0,1] to logits (N,K), or (N,K,H,W) if it segments.
-        config: the model's shape and labels.
-        settings: the service's settings.
+    """The application around a model in eval mode, which maps (N,C,H,W) in [0,1] to logits (N,K) or (N,K,H,W).
 
     Raises:
-        ServiceError: the device of the settings cannot be used, or the file of keys cannot.
+        ServiceError: the device or the file of keys in the settings cannot be used.
     """
     device = resolve_device(settings.device)
     model.to(device)

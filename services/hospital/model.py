@@ -1,7 +1,7 @@
-"""The hospital's model: what it is, and its one file on disk.
+"""The hospital's model, and its file on disk.
 
-A victim directory holds `model.safetensors`: the weights, and in the header's metadata the configuration as JSON.
-Nothing that is loaded here can execute code.
+A victim directory holds `model.safetensors`: weights, and the configuration as JSON in its metadata. Loading it cannot
+execute code.
 """
 
 from pathlib import Path
@@ -40,12 +40,11 @@ class VictimConfig(BaseModel):
 
     Attributes:
         labels: Class names, in the order of the scores.
-        task: Whether it classifies images (a VGG), or their pixels (a U-Net).
+        task: Whether it classifies images (a VGG) or pixels (a U-Net).
         channels: 1 (grey) or 3 (red, green, blue).
-        size: Height and width of the input in pixels, each at least 32; a segmenter's are multiples of 16.
-        width: Factor on the network's channel counts (64 to 512 of a VGG, 64 to 256 of a U-Net), rounded to multiples
-            of 8.
-        depth: Which of torchvision's VGG plans, vgg11 unless it is told; None for a segmenter.
+        size: Height and width in pixels, each at least 32; a segmenter's are multiples of 16.
+        width: Factor on the channel counts (VGG 64 to 512, U-Net 64 to 256), rounded to multiples of 8.
+        depth: torchvision's VGG plan, by default vgg11; None for a segmenter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,8 +87,7 @@ class VictimConfig(BaseModel):
 def build_victim(config: VictimConfig) -> nn.Module:
     """Builds an untrained victim: images (N,C,H,W) float32 in [0,1] to logits, (N,K) or, of a segmenter, (N,K,H,W).
 
-    Raises:
-        ServiceError: A segmenter needs MONAI, and it is not installed.
+    Raises ServiceError if a segmenter needs MONAI and it is not installed.
     """
     if config.depth is None:
         return segmenter(config.channels, len(config.labels), width=config.width)
@@ -103,14 +101,12 @@ def victim_bytes(model: nn.Module, config: VictimConfig) -> bytes:
 
 
 def load_victim(directory: str | Path) -> tuple[nn.Module, VictimConfig]:
-    """Reads a victim from its directory.
+    """Reads a victim from its directory, for inference only, on the CPU.
 
-    Returns:
-        The module, on the CPU, and its configuration. It is for answering, not for more training: in evaluation mode,
-        laid out channels last, with each batch normalisation folded into its convolution; about twice as fast.
+    It is in evaluation mode, channels last, with batch normalisations folded into convolutions; about twice as fast.
 
     Raises:
-        VictimFileError: The file is missing, no victim's file, or its weights do not fit its configuration.
+        VictimFileError: The file is missing or invalid, or its weights do not fit its configuration.
         ServiceError: A segmenter needs MONAI, and it is not installed.
     """
     path = Path(directory) / FILE_NAME

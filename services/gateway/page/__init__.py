@@ -1,9 +1,8 @@
-"""The page at `/`: for people who want to see what the gateway does to an image, and what it answers.
+"""The page at `/`, which shows people what the gateway does to an image and what it answers.
 
-Three files, no build step, nothing from elsewhere; a strict Content-Security-Policy. Answers come from `/predict`, as
-for every client, with the client's key and on its account. Beside it the page asks, below `/page`, for the image before
-and after the sanitizer (which costs no victim query), for samples, for the state of the gateway, and, only where the
-operator allows it, for the bare model's answer, which costs a query of the purpose "compare".
+Three static files and a strict Content-Security-Policy. Answers come from `/predict`, with the client's key. Below
+`/page` are the image before and after the sanitizer (no victim query), samples, the gateway's state and, if the
+operator allows it, the bare model's answer, one query of the purpose "compare".
 """
 
 import base64
@@ -43,11 +42,7 @@ _ATTACKED: Final = ".attacked"
 
 
 def page_api(gateway: Gateway) -> APIRouter:
-    """The page's paths.
-
-    Raises:
-        InvalidInput: the folder of samples is not a folder.
-    """
+    """The page's paths. Raises InvalidInput if the folder of samples is not a folder."""
     settings, access, accounts = gateway.settings, gateway.access, gateway.accounts
     router = APIRouter(include_in_schema=False)
     samples = _samples(settings.page_samples)
