@@ -1,7 +1,6 @@
 """The defended model as an attacker sees it who has everything: differentiable from the raw image to the scores.
 
-Sources: Athalye, Carlini and Wagner, ICML 2018 (expectation over transformation, EOT; backward pass differentiable
-approximation, BPDA); Tramer et al., NeurIPS 2020 (on adaptive attacks).
+Athalye, Carlini and Wagner, ICML 2018 (EOT; BPDA); Tramer et al., NeurIPS 2020 (on adaptive attacks).
 """
 
 from collections.abc import Callable
@@ -14,13 +13,10 @@ _LEAST: Final = 1e-12  # keeps the logarithm finite
 
 
 class Defended(nn.Module):
-    """Sanitizer and victim in one, with the exact gradient of both.
+    """Sanitizer and victim ((N,C,H,W) -> logits (N,K) or (N,K,H,W)) in one, with the exact gradient of both.
 
-    Args:
-        sanitizer: (N,C,H,W) -> (N,C,H,W).
-        victim: (N,C,H,W) -> logits (N,K) or (N,K,H,W).
-        identity_backward: Let gradients pass the sanitizer as if it did nothing (BPDA): a sanitizer is near the
-            identity, and where its own gradient leads nowhere, this may lead somewhere.
+    `identity_backward` lets gradients pass the sanitizer as if it did nothing (backward pass differentiable
+    approximation, BPDA): it is near the identity, and where its own gradient leads nowhere, this may lead somewhere.
     """
 
     def __init__(self, sanitizer: nn.Module, victim: nn.Module, *, identity_backward: bool = False) -> None:
@@ -47,12 +43,9 @@ class _AsIdentity(torch.autograd.Function):
 
 
 class Smoothed(nn.Module):
-    """Logits of the smoothed model, estimated from fresh noisy copies in every call: EOT over the noise.
+    """Logits of the smoothed model, from fresh noisy copies in every call: expectation over transformation (EOT).
 
-    Args:
-        base: (N,C,H,W) -> logits (N,K) or (N,K,H,W): sanitizer and victim.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        copies: Noisy copies of each image.
+    `base` maps (N,C,H,W) to logits (N,K) or (N,K,H,W); `sigma` is in units of [0,1].
     """
 
     def __init__(self, base: nn.Module, sigma: float, copies: int) -> None:

@@ -1,7 +1,7 @@
 """The sanitizer on disk: `model-<hash>.safetensors` and `manifest.json`, whole or absent, checked when read.
 
-The weights' file is named by its content and the manifest is renamed into place last, so that one rename switches from
-an old artifact to a new one. Weights are raw tensors and the manifest is validated JSON: nothing can execute code.
+The manifest is renamed into place last, which switches from an old artifact to a new one. Weights are raw tensors and
+the manifest is validated JSON: nothing can execute code.
 """
 
 import hashlib
@@ -35,9 +35,7 @@ class Provenance(BaseModel):
         method: "mse" (no queries), "zo-ds" or "zo-ae-ds" (queries, without or with an autoencoder, by whichever
             estimator), or, with an open model, "fo-ds" or "fo-ae-ds".
         estimator: The estimator and its settings; None where no gradient was estimated.
-        data: Name of the data set.
         data_fingerprint: SHA-256 of the images and their splits.
-        settings: The command's settings.
         versions: Versions of the libraries that made it.
         validation: The figures by which this state was chosen.
     """
@@ -110,10 +108,7 @@ def save_artifact(
     queries: dict[str, int],
     provenance: Provenance,
 ) -> Manifest:
-    """Writes an artifact, replacing an older one in the folder only when the new one is complete; see `Manifest`.
-
-    Other files in the folder are kept.
-    """
+    """Writes an artifact; an older one in the folder is replaced only when the new one is complete; see `Manifest`."""
     folder = Path(path)
     weights = save_tensors({key: value.detach().cpu().contiguous() for key, value in sanitizer.state_dict().items()})
     draft = Manifest(
@@ -137,10 +132,7 @@ def save_artifact(
 
 
 def load_artifact(path: str | Path) -> Artifact:
-    """Reads the artifact in a folder and checks all of it: layout, hashes, architecture, every tensor.
-
-    Returns:
-        The sanitizer in evaluation mode on the CPU, and its manifest.
+    """Reads an artifact in evaluation mode on the CPU; checks layout, hashes, architecture and every tensor.
 
     Raises:
         ArtifactError: Something is missing, malformed or altered; the message says what.

@@ -1,8 +1,7 @@
-"""Gradient attacks of one signature.
+"""Gradient attacks of one signature: `craft("pgd", model, images, labels, epsilon)`.
 
-`craft("pgd", model, images, labels, epsilon)` returns images of the same shape, in [0,1]. All attacks are untargeted
-and raise a loss of the model's logits against the given labels: of a classifier the cross-entropy, of a segmenter the
-mean cross-entropy of the pixels plus the soft Dice loss.
+All are untargeted and raise a loss of the model's logits against the given labels: of a classifier the cross-entropy,
+of a segmenter the mean cross-entropy of the pixels plus the soft Dice loss.
 
 | name     | norm  | steps | step / epsilon | start  | source                                      |
 |----------|-------|-------|----------------|--------|---------------------------------------------|
@@ -37,14 +36,7 @@ PGD_REACH: Final = 2.5
 
 @dataclass(frozen=True)
 class Attack:
-    """One line of the table of attacks.
-
-    Attributes:
-        norm: The norm that is bounded (or, for a minimum-norm attack, minimised).
-        steps: Gradient steps when none are asked for.
-        minimum_norm: Whether the attack looks for the smallest perturbation and takes no epsilon.
-        masks_only: Whether it is defined for segmenters only.
-    """
+    """One line of the table of attacks; `norm` is bounded, or minimised by one of `minimum_norm`, without epsilon."""
 
     norm: Norm
     steps: int
@@ -86,12 +78,11 @@ def craft(
         labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
         epsilon: Radius in the attack's norm, in units of [0,1]; None for a minimum-norm attack, and only then.
         steps: Gradient steps; the table's when None.
-        seed: Seed of the random starts. The global generator of torch is left as it was.
-        batch: Images attacked together. With a seed it determines the random starts.
+        seed: Of the random starts, together with `batch`; the global generator of torch is left as it was.
+        batch: Images attacked together.
 
     Raises:
-        ValueError: A name that is unknown or not for such labels, an epsilon that is missing, superfluous or negative,
-            images outside [0,1], or a model in training mode.
+        ValueError: An argument is not as above, or the attack is not for such labels.
     """
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}; there are {', '.join(attacks_on(labels))}")
@@ -127,13 +118,10 @@ def craft(
 
 
 def _objective(model: nn.Module, labels: Tensor, weigh_over: int | None) -> Objective:
-    """What attacks raise against labels (N,) or masks (N,H,W), and whether answers hold.
+    """The loss of the module's docstring and whether answers hold.
 
-    Args:
-        model: (N,C,H,W) -> logits (N,K) or (N,K,H,W).
-        labels: The right answers.
-        weigh_over: T; the loss is that of SegPGD, whose weights change over T steps: of pixels that are wrong already
-            lambda = t / 2T, t from 0, of the others 1 - lambda. None: cross-entropy, of masks with soft Dice.
+    With `weigh_over`, T, it is that of SegPGD over T steps: the cross-entropy of a pixel weighs lambda = t / 2T where
+    the answer is wrong already, t from 0, and 1 - lambda elsewhere.
     """
 
     def objective(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +143,7 @@ def _objective(model: nn.Module, labels: Tensor, weigh_over: int | None) -> Obje
 def minimum_norms(model: nn.Module, images: Tensor, adversarials: Tensor, labels: Tensor, batch: int = 128) -> Tensor:
     """L2 norms (N,), in units of [0,1], of the perturbations that a minimum-norm attack on a model found.
 
-    They are 0 where the original was answered wrongly, or lost, already, and inf where the attack found nothing.
+    0 where the original was answered wrongly, or lost, already; inf where the attack found nothing.
     """
     with torch.no_grad():
         answers = torch.cat([model(part).argmax(dim=1) for part in torch.split(adversarials, batch)])
@@ -175,17 +163,9 @@ def scaled_norms(
     """How far perturbations made for one classifier must be scaled until another one errs too.
 
     Each image is moved to clip(image + k * (adversarial - image)) for k = 1, 2, 4, ... up to `furthest`, until the
-    answer is wrong; then k is halved `halvings` times between the last right and the first wrong answer. The result is
-    an upper bound on the smallest perturbation that fools this classifier, and nothing more: the direction is an
-    oblivious attacker's, and an adaptive attack may need far less.
-
-    Args:
-        classifier: (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W); it only answers, no gradients are asked for.
-        images: (N,C,H,W) float32 in [0,1], the originals.
-        adversarials: (N,C,H,W), made for another classifier.
-        labels: (N,) or (N,H,W) int64, the right answers; a mask is wrong where it is lost.
-        furthest: Largest factor k, at least 1.
-        halvings: Bisections after the first wrong answer.
+    answer is wrong (a mask: lost); then k is bisected `halvings` times. This is an upper bound on the smallest
+    perturbation that fools the classifier, along an oblivious attacker's direction: an adaptive one may need far less.
+    The classifier, (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W), is asked for no gradients.
 
     Returns:
         (N,) float32 L2 norms of the clipped perturbation at which the answer is wrong; 0 where it is wrong without any,
@@ -234,10 +214,7 @@ def least_right(labels: Tensor) -> float:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds torch's global generator, from which libraries draw, and keeps gradients out of the model's parameters.
-
-    Both are put back; without gradients of the parameters the backward pass is also cheaper.
-    """
+    """Seeds torch's global generator and keeps gradients out of the model's parameters; both are put back."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

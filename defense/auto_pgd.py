@@ -1,8 +1,4 @@
-"""Auto-PGD (Croce and Hein, ICML 2020), pyautoattack's: PGD that halves its steps where it stops getting on.
-
-It is what a careful attacker takes: it needs no step size, and returns the best of all images that it passed, not the
-last. On segmenters that is much: their loss goes on rising where the Dice does not.
-"""
+"""Auto-PGD (Croce and Hein, ICML 2020), pyautoattack's: it needs no step size and returns the best image it passed."""
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack
@@ -26,10 +22,10 @@ def auto_pgd(
     seed: int = 0,
     batch: int = 128,
 ) -> Tensor:
-    """Crafts adversarial images (N,C,H,W) float32 in [0,1], in the norm "linf" or "l2"; arguments are those of `craft`.
+    """Crafts images (N,C,H,W) float32 in [0,1], in the norm "linf" or "l2"; arguments as of `craft`, `epsilon` above 0.
 
-    Returned is of a class an image that is answered wrongly, where one was passed, else the one of the largest cross-
-    entropy; of a mask the one of the least Dice. `epsilon` is above 0.
+    Returned is an image whose class is wrong, where one was passed, else the one of the largest cross-entropy; of a
+    mask the one of the least Dice.
     """
     crafted = []
     with undisturbed(model, images.device, seed):
@@ -46,13 +42,9 @@ def auto_pgd(
 
 
 class _Graded(nn.Module):
-    """A segmenter as logits (N,2) of which the cross-entropy with class 0 is one minus the Dice.
+    """A segmenter as logits (N,2) of which the cross-entropy with class 0 is one minus the Dice with `masks` (N,H,W).
 
     Its gradient is that of the loss that segmenters are trained with, which unlike the Dice has one.
-
-    Args:
-        model: (N,C,H,W) -> logits (N,K,H,W).
-        masks: (N,H,W) int64, those of the images that it will be shown, always the same.
     """
 
     def __init__(self, model: nn.Module, masks: Tensor) -> None:

@@ -44,16 +44,10 @@ class Autoencoder(nn.Module):
 
 
 class LinearAutoencoder(Autoencoder):
-    """Principal components as a code, refined at the decoder by a small folded U-Net.
+    """Principal components as a code of d = `code` numbers, refined at the decoder by a small folded U-Net.
 
-    The best linear autoencoder is known in closed form, which makes this one good after seconds where images are
-    aligned. The encoder starts at the whitened components, so that one step mu means the same along every number of the
-    code.
-
-    Args:
-        shape: (C, H, W).
-        code: d.
-        width: Features of the decoder's U-Net at its first scale.
+    The best linear autoencoder has a closed form: this one is good after seconds where images are aligned. The encoder
+    starts at the whitened components, so that one step mu means the same along every number of the code.
     """
 
     def __init__(self, shape: tuple[int, int, int], code: int, width: int = 16) -> None:
@@ -93,10 +87,7 @@ class LinearAutoencoder(Autoencoder):
 class ConvAutoencoder(Autoencoder):
     """A convolutional autoencoder with a spatial code, in which each cell stands for its own window of the image.
 
-    Args:
-        shape: (C, H, W).
-        code: d; rounded up to a whole number of channels for each of the ceil(H/8) x ceil(W/8) cells.
-        width: Features.
+    `code`, d, is rounded up to whole channels for each of the ceil(H/8) x ceil(W/8) cells.
     """
 
     def __init__(self, shape: tuple[int, int, int], code: int, width: int = 48) -> None:
@@ -139,9 +130,9 @@ class ConvAutoencoder(Autoencoder):
 
 
 def build_autoencoder(name: AutoencoderName, shape: tuple[int, int, int], code: int) -> Autoencoder:
-    """Makes an autoencoder for (C, H, W) images by name: "linear" for aligned ones, "conv" with a spatial code for all.
+    """Makes an autoencoder for (C, H, W) images by name: "linear" for aligned ones, "conv" for all.
 
-    Raises ValueError unless the code, d numbers ("conv" rounds up to whole channels), is smaller than the image.
+    Raises ValueError unless the code, d numbers, is smaller than the image.
     """
     if not 1 <= code < torch.Size(shape).numel():
         raise ValueError(f"the code must hold fewer numbers than the image ({torch.Size(shape).numel()}), got {code}")

@@ -5,12 +5,7 @@ from torch import Tensor, nn
 
 
 class PrincipalComponents(nn.Module):
-    """Mean, leading principal directions and variances of images, learned in closed form from unlabelled ones.
-
-    Args:
-        shape: (C, H, W) of the images.
-        count: k, the number of components.
-    """
+    """Mean, `count` leading principal directions and variances of (C, H, W) images, from unlabelled ones."""
 
     mean: Tensor
     basis: Tensor
@@ -28,12 +23,9 @@ class PrincipalComponents(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, generator: torch.Generator) -> None:
-        """Sets mean, basis and variances from (N, C, H, W) images, N above the number of components.
+        """Fits by randomised range finding with power iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4).
 
-        Randomised range finding with power iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4).
-
-        Raises:
-            ValueError: Too few images.
+        Raises ValueError unless there are more images (N, C, H, W) than components.
         """
         count, dimension = self.basis.shape
         if len(images) <= count:

@@ -1,7 +1,6 @@
-"""Changes that nobody makes on purpose: what scanners, cameras and archives do to images, at three severities.
+"""What scanners, cameras and archives do to images, at three severities.
 
-The kinds follow Hendrycks and Dietterich (ICLR 2019); those that move pixels are left out, because masks would have to
-move with them. Nothing here is an attack, and no certificate speaks of it.
+After Hendrycks and Dietterich (ICLR 2019), without the kinds that move pixels: masks would have to move with them.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +19,7 @@ SEVERITIES: Final = (1, 2, 3)
 def corrupt(name: str, images: Tensor, severity: int, seed: int = 0) -> Tensor:
     """Changes images (N,C,H,W) float32 in [0,1] in one way, a key of `CORRUPTIONS`; `seed` is that of noise.
 
-    Raises:
-        ValueError: There is no such kind or severity.
+    Raises ValueError if there is no such kind or severity.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(f"no corruption {name!r} of severity {severity}; there are {', '.join(CORRUPTIONS)}, 1 to 3")

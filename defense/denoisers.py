@@ -12,13 +12,7 @@ DenoiserName = Literal["wiener-unet", "unet", "dncnn", "dncnn-small"]
 
 
 class DnCNN(nn.Module):
-    """DnCNN (Zhang et al. 2017), the denoiser of denoised smoothing and of ZO-AE-DS: predicts the noise.
-
-    Args:
-        channels: C.
-        depth: Convolutions, 17 in the paper.
-        width: Features, 64 in the paper.
-    """
+    """DnCNN (Zhang et al. 2017): predicts the noise, by `depth` convolutions of `width` features."""
 
     def __init__(self, channels: int, depth: int = 17, width: int = 64) -> None:
         super().__init__()
@@ -52,16 +46,11 @@ class UNetDenoiser(nn.Module):
 
 
 class WienerUNetDenoiser(nn.Module):
-    """An empirical Wiener filter on principal components, and a folded U-Net for what it leaves.
+    """An empirical Wiener filter on `components` principal components, and a folded U-Net for what it leaves.
 
-    Medical images of one kind are aligned: a few hundred principal components b_k hold most of their energy. On those
-    the best linear denoiser is y = mean + sum_k v_k / (v_k + s^2) c_k b_k, v_k the variance along b_k; the image's
-    noise s^2 is read off what lies outside the components. The U-Net sees the filtered image and the residual.
-
-    Args:
-        shape: (C, H, W).
-        components: k.
-        width: Features of the U-Net at its first scale.
+    Aligned images of one kind hold most of their energy in a few hundred components b_k. On those the best linear
+    denoiser is y = mean + sum_k v_k / (v_k + s^2) c_k b_k, v_k the variance along b_k; the image's noise s^2 is read
+    off what lies outside the components. The U-Net sees the filtered image and the residual.
     """
 
     def __init__(self, shape: tuple[int, int, int], components: int, width: int = 24) -> None:
@@ -86,13 +75,10 @@ class WienerUNetDenoiser(nn.Module):
 
 
 def build_denoiser(name: DenoiserName, shape: tuple[int, int, int], components: int) -> nn.Module:
-    """Makes a denoiser by name.
+    """Makes a denoiser of (C, H, W) images by name.
 
-    Args:
-        name: "wiener-unet": the best for its cost on aligned images. "unet": for images that are not aligned. "dncnn":
-            the published one, for a GPU. "dncnn-small": depth 7, width 32.
-        shape: (C, H, W) of the images.
-        components: Principal components of the Wiener filter; ignored by the others.
+    "wiener-unet": the best for its cost on aligned images, and alone in its use of `components`. "unet": for images
+    that are not aligned. "dncnn": the published one, for a GPU. "dncnn-small": depth 7, width 32.
     """
     match name:
         case "wiener-unet":

@@ -1,10 +1,9 @@
 """A table of differences of a noisy function: how large its noise is, and with which step its slopes can be measured.
 
-After Moré and Wild (2011, "Estimating computational noise", SIAM J. Sci. Comput. 33; ECnoise), along random directions
-u at points z: from l(z - mu u), l(z), l(z + mu u) and l(z + 2 mu u), differences of the first order show the slope, of
-the second the curvature, of the third mostly noise. Every spacing mu is judged by its own differences, since no
-repetition shows the noise of rounded scores and 8-bit images. The table is centred on z: beside a minimum, differences
-to one side only would look like a slope. Formula numbers are those of docs/theory.md.
+After Moré and Wild (2011, SIAM J. Sci. Comput. 33; ECnoise), from l(z - mu u), l(z), l(z + mu u) and l(z + 2 mu u)
+along random directions u: first differences show the slope, second the curvature, third mostly noise. Every spacing mu
+is judged by its own differences, since no repetition shows the noise of rounded scores and 8-bit images. The table is
+centred: beside a minimum, one-sided differences would look like a slope. Formula numbers are those of docs/theory.md.
 """
 
 import math
@@ -36,10 +35,9 @@ _KINK = 0.41  # error of a central difference per third difference, both of kink
 
 @dataclass(frozen=True)
 class Spacing:
-    """One row of the difference table; root mean squares over images and directions, in nats.
+    """One row of the difference table: its step `mu` (L2) and root mean square differences, in nats.
 
     Attributes:
-        mu: The step, in L2 norm at the border of the black box.
         first: Of l(z + mu u) - l(z) and l(z) - l(z - mu u).
         second: Of the second difference centred on z.
         third: Of the third difference.
@@ -56,7 +54,7 @@ class Spacing:
         """Predicted error of a slope that is measured with this step, relative to the slope; infinite where it is 0.
 
         Forward, |second| / (sqrt(2) |first|): right for the kinks of a ReLU network, 1.4 times too large for smooth
-        curvature; where all is noise it is 1.2. Central, the smaller of what second and third difference show.
+        curvature; 1.2 where all is noise. Central, the smaller of what second and third difference show.
         """
         if self.first == 0.0:
             return math.inf
@@ -78,13 +76,7 @@ class Spacing:
 def best_step(table: Sequence[Spacing], noise: float, difference: Difference) -> float | None:
     """The step of formula 5, within a factor of sqrt(2) of a spacing that is about as clear as the clearest one.
 
-    Args:
-        table: In rising order of mu.
-        noise: s.
-        difference: How slopes are taken.
-
-    Returns:
-        None where no spacing is resolved.
+    `table` is in rising order of mu, `noise` is s; None where no spacing is resolved.
     """
     resolved = resolved_spacings(table, difference)
     if not resolved:
@@ -100,7 +92,7 @@ def best_step(table: Sequence[Spacing], noise: float, difference: Difference) ->
 def optimal_step(noise: float, spacing: Spacing, difference: Difference) -> float:
     """The step of least mean squared error (formula 5); infinity where no curvature is left.
 
-    Forward, (8 s^2 / h^2)^(1/4); central, (3 s / rho)^(1/3): h and rho are the root mean square second and third
+    (8 s^2 / h^2)^(1/4) forward, (3 s / rho)^(1/3) central: h and rho are the root mean square second and third
     derivatives at `spacing`, noise of deviation s subtracted.
     """
     if difference == "forward":
@@ -133,7 +125,7 @@ def _rms(values: Tensor) -> float:
 
 
 def table_noise(table: Sequence[Spacing]) -> float:
-    """The noise that the third differences show: where the smallest spacings agree on it, the largest that does.
+    """The noise of the third differences: the largest on which the smallest spacings agree.
 
     Where not even the smallest spacing is dominated by noise, an upper bound of it.
     """
@@ -152,7 +144,7 @@ def table_noise(table: Sequence[Spacing]) -> float:
 def resolved_spacings(table: Sequence[Spacing], difference: Difference) -> list[Spacing]:
     """The spacings at which slopes are clear, and a neighbour bears them out.
 
-    Where hardly more than one loss moves, one lucky row of noise would be enough: more is asked of both.
+    More is asked of both where hardly more than one loss moves: one lucky row of noise would be enough.
     """
     errors = [one.error(difference) for one in table]
     found = []

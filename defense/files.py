@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file under another name beside `path`, flushes it to the disk, and renames it.
+    """Replaces a file by a flushed copy renamed into place: a crash leaves the old file or the new one.
 
-    A crash, also of the machine, leaves the old file or the new one. Makes the folder where needed.
+    Makes the folder where needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.saving")

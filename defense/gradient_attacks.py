@@ -24,21 +24,10 @@ def fgsm(objective: Objective, x: Tensor, epsilon: float) -> Tensor:
 
 
 def pgd(objective: Objective, x: Tensor, epsilon: float, *, norm: Norm, alpha: float, steps: int) -> Tensor:
-    """Projected gradient ascent from a random start (Madry et al., ICLR 2018).
+    """Projected gradient ascent from a random start (Madry et al., ICLR 2018); returns the last image.
 
-    x_0 is uniform in the ball B of radius epsilon about x, and x_{t+1} = clip(Pi_B(x_t + alpha g_t)), where g_t is the
-    sign of the gradient in L-inf, and the gradient's unit vector in L2.
-
-    Args:
-        objective: What is raised.
-        x: (N,C,H,W) float32 in [0,1].
-        epsilon: Radius.
-        norm: Of the ball.
-        alpha: Size of a step.
-        steps: Number of steps.
-
-    Returns:
-        (N,C,H,W), the last image.
+    x_0 is uniform in the ball B of radius epsilon about x (N,C,H,W), and x_{t+1} = clip(Pi_B(x_t + alpha g_t)), where
+    g_t is the sign of the gradient in L-inf, and the gradient's unit vector in L2.
     """
     x_t = (x + _in_ball(x, epsilon, norm)).clamp(0, 1)
     for t in range(steps):
@@ -56,15 +45,8 @@ def ddn(objective: Objective, x: Tensor, *, steps: int, epsilon: float = 1.0, ga
     """The decoupled direction and norm attack (Rony et al., CVPR 2019), which looks for the smallest L2 perturbation.
 
     Every step goes along the unit gradient, its size falling from 1 to 0.01 by a cosine, and is then put on a sphere
-    about x, whose radius shrinks by 1 - gamma while the answer is wrong and grows by 1 + gamma while it holds. Unlike
-    in the paper, images are not rounded to 256 levels, so that norms are the smaller, unquantised ones.
-
-    Args:
-        objective: What is raised.
-        x: (N,C,H,W) float32 in [0,1].
-        steps: Number of steps.
-        epsilon: Radius of the first sphere.
-        gamma: By how much the radius changes in a step.
+    about x (N,C,H,W), of radius epsilon at first, which shrinks by 1 - gamma while the answer is wrong and grows by
+    1 + gamma while it holds. Unlike in the paper, images are not rounded to 256 levels: norms are the smaller ones.
 
     Returns:
         (N,C,H,W), the closest image whose answer was wrong; x where there was none.

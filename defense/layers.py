@@ -8,11 +8,7 @@ FOLD = 4
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside the identity (He et al. 2016, without batch norm).
-
-    Args:
-        width: Features in and out.
-    """
+    """Two 3 x 3 convolutions of `width` features beside the identity (He et al. 2016, without batch norm)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,13 +25,8 @@ class ResidualBlock(nn.Module):
 class FoldedUNet(nn.Module):
     """A two-scale U-Net on pixel-unshuffled images, as FFDNet works on (Zhang et al. 2018).
 
-    Folding divides the cost of every convolution by FOLD squared and multiplies its reach by FOLD. No batch norm, so
-    that training and serving compute the same. Before training it answers zeros: the identity for what it is added to.
-
-    Args:
-        inputs: Channels in.
-        outputs: Channels out.
-        width: Features at the first scale; twice as many at the second.
+    Folding divides the cost of every convolution by FOLD squared and multiplies its reach by FOLD. No batch norm:
+    training and serving compute the same. Before training it answers zeros. `width` is doubled at the second scale.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:

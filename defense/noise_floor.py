@@ -1,7 +1,7 @@
 """How exactly a victim answers, and the step at which finite differences stand clear of its noise.
 
-The noise is measured twice: as the difference between answers to the same images, and by a table of differences
-(`defense.difference_table`), which also sees what no repetition shows: rounded scores, 8-bit images, labels.
+Noise is measured by repetitions and by a table of differences (`defense.difference_table`), which also sees rounded
+scores, 8-bit images and labels.
 """
 
 from collections.abc import Callable
@@ -39,11 +39,8 @@ class ProbeReport:
 
     Attributes:
         num_classes: K.
-        kind: Whether the scores are probabilities or logits.
-        rounding: The decimal unit to which probabilities are rounded; None where they are not; 1: every answer was a
-            label.
+        rounding: The decimal unit to which probabilities are rounded; None: they are not; 1: every answer was a label.
         noise: Standard deviation s of the stability loss, in nats.
-        difference: How slopes are taken.
         spacings: The difference table, in rising order of mu; empty where none was asked for.
         resolved: The spacings at which a slope stands clear.
         mu: The step to use: the given one where one was given, the published one where nothing decides it.
@@ -98,11 +95,7 @@ class ProbeReport:
         return f"{found}: NOT resolved, {error}, from mu = {self.spacings[0].mu:.3g} to {self.spacings[-1].mu:.3g}"
 
     def require_step(self) -> None:
-        """Refuses a victim on which finite differences estimate nothing, unless a step was given for its scores.
-
-        Raises:
-            DefenseError: With what was measured, and what to do.
-        """
+        """Raises an actionable DefenseError where differences estimate nothing and no step was given for its scores."""
         if not self.spacings:
             return
         if self.label_only:
@@ -137,8 +130,7 @@ def probe(
 
     Spends `probe_queries(N, needs_differences)` images as "probe": the clean images and the points; then, of the
     quarter with the largest loss (a sure victim hardly moves), the points again in other batches, and the difference
-    table along two directions each. Fixes on `victim` what later answers are checked by: number and kind of scores,
-    their positions and rounding.
+    table along two directions each. Fixes on `victim` what later answers are checked by.
 
     Args:
         victim: The metered black box.

@@ -1,7 +1,7 @@
 """What the sanitizer is trained for: the victim's answers stay what they were on the clean image.
 
-Stability and denoising losses of denoised smoothing (Salman et al. 2020, section 3) and ZO-AE-DS (Zhang et al. 2022,
-equation 3), per image. Scores have their K classes at axis 1: (N, K) of a classifier, (N, K, H, W) of a segmenter.
+Losses per image of denoised smoothing (Salman et al. 2020, section 3) and ZO-AE-DS (Zhang et al. 2022, equation 3).
+Scores have their K classes at axis 1: (N, K) of a classifier, (N, K, H, W) of a segmenter.
 """
 
 import math
@@ -17,13 +17,10 @@ _SMOOTH = 1.0  # pixels added to both sides of the soft Dice, which so is define
 
 
 def stability_loss(scores: Tensor, targets: Tensor, kind: ScoreKind) -> Tensor:
-    """How far the victim's scores are from its own answers on the clean images, the argmax `targets`.
+    """(N,) finite losses of the victim's scores against its own answers on the clean images, the argmax `targets`.
 
-    Of classes (N, K) the cross-entropy; of masks (N, K, H, W) the mean cross-entropy of the pixels plus the soft Dice
-    loss (Isensee et al. 2021): the first alone would count a lost small lesion as next to nothing.
-
-    Returns:
-        (N,) losses, finite; in nats but for the Dice loss, which lies in [0, 1].
+    Of classes (N, K) the cross-entropy, in nats; of masks (N, K, H, W) the mean cross-entropy of the pixels plus the
+    soft Dice loss in [0, 1] (Isensee et al. 2021): the first alone would count a lost small lesion as next to nothing.
     """
     entropy = _cross_entropy(scores, targets, kind)
     if entropy.ndim == 1:
@@ -91,9 +88,8 @@ def denoising_loss(sanitized: Tensor, clean: Tensor) -> Tensor:
 
 
 def inject_gradient(points: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to the points (N, ...) is the given one, averaged over the batch.
+    """A scalar whose gradient at the points (N, ...) is the given one, averaged over the batch.
 
-    Back-propagating it carries an estimated gradient at the border of the black box into what lies before it (ZO-AE-DS,
-    equation 7).
+    Back-propagated, it carries an estimated gradient into what lies before the black box (ZO-AE-DS, equation 7).
     """
     return (points * gradient.detach()).flatten(1).sum(1).mean()

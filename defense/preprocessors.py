@@ -1,7 +1,4 @@
-"""Preprocessors that learn nothing: the cheap defenses that a learned one has to beat.
-
-Each maps (N,C,H,W) float32 images of any finite range to images of the same shape and type, on their device.
-"""
+"""Preprocessors that learn nothing: (N,C,H,W) float32 images of any finite range to the same shape, type and device."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -24,10 +21,7 @@ MEDIAN_SIDE: Final = 3
 
 
 def jpeg(images: Tensor, quality: int = JPEG_QUALITY) -> Tensor:
-    """Compresses to JPEG bytes and back: 8 bits, Pillow's quality (75 unless told), its default 4:2:0 chroma for RGB.
-
-    The values are clamped to [0,1] first; 8 bits have no others.
-    """
+    """Clamps to [0,1], compresses to JPEG and back: 8 bits, Pillow's quality, its default 4:2:0 chroma for RGB."""
     levels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = np.stack([_through_jpeg(pixels, quality) for pixels in levels])
     return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device, torch.float32) / 255
@@ -53,7 +47,7 @@ PREPROCESSORS: Final[Mapping[str, Preprocessor]] = MappingProxyType({"jpeg": jpe
 def _through_jpeg(
     pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], quality: int
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """(H,W,C) through bytes; these were made here, so that they need none of the care for bytes from outside."""
+    """(H,W,C) through bytes made here, which need none of the care for bytes from outside."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer)).reshape(pixels.shape)

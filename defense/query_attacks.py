@@ -1,8 +1,7 @@
 """Attacks that see nothing but answers.
 
 `square` reads the scores (Andriushchenko et al., ECCV 2020; L-infinity; pyautoattack's), `hop_skip_jump` the decisions
-alone (Chen et al., S&P 2020; L2, minimum-norm). Both attack many images at once and ask through an `Inquiry`, which
-counts the queries of each image and remembers all answers: what the attack gained is read there.
+alone (Chen et al., S&P 2020; L2, minimum-norm). Both ask through an `Inquiry`, where what they gained is read.
 """
 
 import math
@@ -33,16 +32,13 @@ class SpentError(Exception):
 
 
 class Inquiry:
-    """Questions about the same images over and over, and what came of them.
+    """Questions about the same N images over and over, and what came of them; `asked` (N,) counts each one's queries.
 
     Args:
         scores: What is asked.
         images: (N,C,H,W) float32 in [0,1], the originals.
         wanted: (N,) classes or (N,H,W) masks that the answers are to be brought away from.
         limit: Most queries for each image.
-
-    Attributes:
-        asked: (N,) queries spent on each image so far.
     """
 
     def __init__(self, scores: Scores, images: Tensor, wanted: Tensor, limit: int) -> None:
@@ -54,9 +50,8 @@ class Inquiry:
     def __call__(self, images: Tensor, owners: Tensor) -> Tensor:
         """Asks about changed images (M,C,H,W), each of another original, whose indices are `owners` (M,).
 
-        Returns:
-            (M,) margins, above 0 while the answer holds: of a class its probability less the largest other one; of a
-            mask its Dice less `LOST`, up to what its probabilities add to break ties.
+        Returned are (M,) margins, above 0 while the answer holds: of a class its probability less the largest other
+        one; of a mask its Dice less `LOST`, up to what its probabilities add to break ties.
 
         Raises:
             SpentError: One of them has had its queries; nothing was asked.
@@ -103,7 +98,7 @@ def square(
         epsilon: Radius, in units of [0,1].
         chosen: (M,) indices of the images to attack; all when None.
         to_the_end: Go on where an answer is wrong already, to make it worse: for masks, of which some are worse.
-        seed: Seed; the global generator of torch is left as it was.
+        seed: The global generator of torch is left as it was.
     """
     owners = torch.arange(len(inquiry.images)) if chosen is None else chosen
     if not len(owners):
@@ -118,12 +113,8 @@ def hop_skip_jump(
 ) -> None:
     """HopSkipJump in L2: walks along the border between right and wrong answers towards each image.
 
-    Args:
-        inquiry: Where it asks.
-        starts: (N,C,H,W) an image for each that is answered wrongly; where it is not, there is no attack.
-        chosen: (M,) indices of the images to attack; all when None.
-        batch: Images attacked together.
-        seed: The global generator of torch is left as it was.
+    `starts` (N,C,H,W) holds for each an image that is answered wrongly; where it is not, there is no attack. Other
+    arguments as of `square`; `batch` images are attacked together.
     """
     everyone = torch.arange(len(inquiry.images)) if chosen is None else chosen
     for owners in everyone.split(batch) if len(everyone) else ():
@@ -131,7 +122,7 @@ def hop_skip_jump(
 
 
 def _walk(inquiry: Inquiry, x_t: Tensor, owners: Tensor) -> None:
-    """Moves wrongly answered images towards the originals until their queries are spent, with the paper's symbols."""
+    """Moves wrongly answered images towards the originals until their queries are spent; the paper's symbols."""
     x = inquiry.images[owners]
     dimensions = x[0].numel()
     halvings = min(math.ceil(1.5 * math.log2(dimensions)), _HALVINGS)  # to theta = d^(-3/2)
@@ -173,8 +164,8 @@ def _walk(inquiry: Inquiry, x_t: Tensor, owners: Tensor) -> None:
 def _direction(x_t: Tensor, delta: Tensor, count: int, wrong: Callable[[Tensor], Tensor]) -> Tensor:
     """The Monte Carlo estimate of the border's normal at x_t, of unit length, (M,C,H,W).
 
-    The mean of (phi_b - mean phi) u_b over `count` random directions u_b, where phi_b is 1 if x_t + delta u_b is
-    answered wrongly, else -1; where all are alike, of phi_b u_b.
+    The mean of (phi_b - mean phi) u_b over `count` random directions u_b, phi_b = 1 if x_t + delta u_b is answered
+    wrongly, else -1; of phi_b u_b where all are alike.
     """
     total, weighted, right = torch.zeros_like(x_t), torch.zeros_like(x_t), torch.zeros(len(x_t))
     for _ in range(count):

@@ -32,10 +32,8 @@ class SanitizerConfig(BaseModel):
     """Enough to build a sanitizer: the shape of its images and the names of its parts.
 
     Attributes:
-        input: Shape of the images.
-        denoiser: See `defense.denoisers.build_denoiser`.
         components: Principal components of the denoiser's Wiener filter; ignored by denoisers without one.
-        autoencoder: See `defense.autoencoders.build_autoencoder`; None: the sanitizer is the denoiser alone.
+        autoencoder: None: the sanitizer is the denoiser alone.
         code: Numbers in the autoencoder's code; ignored without one.
     """
 
@@ -66,7 +64,7 @@ class Sanitizer(nn.Module):
 
     @property
     def border_dimension(self) -> int:
-        """d, the numbers at the border of the black box: of the code, or of the image without an autoencoder."""
+        """d, the numbers at the border of the black box: of the code, or else of the image."""
         if self.autoencoder is not None:
             return self.autoencoder.code_dimension
         return torch.Size(self.config.input.dimensions).numel()

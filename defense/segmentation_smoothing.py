@@ -1,8 +1,7 @@
 """Randomised smoothing of segmenters: a certificate for every pixel, and for all of them together.
 
-Source: Fischer, Baader and Vechev, "Scalable Certified Segmentation via Randomized Smoothing", ICML 2021 (SegCertify,
-algorithm 2): each pixel is a classifier of its own; a fixed threshold tau gives all of them one radius; Holm's
-correction holds the probability that any of them is wrong below alpha.
+SegCertify (Fischer, Baader and Vechev, ICML 2021, algorithm 2): each pixel is a classifier of its own; a fixed
+threshold tau gives all one radius; Holm's correction holds the probability that any of them is wrong below alpha.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ class MaskCertificate:
     Attributes:
         labels: (H,W) int64: each pixel's smoothed class, or `ABSTAIN`.
         radius: L2 radius in units of [0,1] within which none of the classes in `labels` changes.
-        samples: How many answers of the base classifier it rests on.
+        samples: Answers of the base classifier it rests on.
     """
 
     labels: Tensor
@@ -39,11 +38,7 @@ class MaskCertificate:
 
 
 def mask_radius(tau: float, sigma: float) -> float:
-    """Sigma * Phi^-1(tau), the radius of every pixel whose class has a probability above tau.
-
-    Raises:
-        ValueError: tau is not at least 1/2 and below 1.
-    """
+    """Sigma * Phi^-1(tau), the radius of every certified pixel; raises ValueError unless tau is in [0.5, 1)."""
     if not 0.5 <= tau < 1:
         raise ValueError(f"tau must be at least 0.5 and below 1, got {tau}")
     return certified_radius(tau, sigma)
@@ -52,11 +47,11 @@ def mask_radius(tau: float, sigma: float) -> float:
 def certify_mask_counts(
     selection: Tensor, estimation: Tensor, *, sigma: float, alpha: float, tau: float = TAU
 ) -> MaskCertificate:
-    """SegCertify on counts.
+    """SegCertify on (K,H,W) counts, K >= 2: n0 samples' choose each pixel's class, n others' test it.
 
     Args:
-        selection: (K,H,W) integer counts of the n0 samples that choose each pixel's class, K >= 2.
-        estimation: (K,H,W) integer counts of n other samples, on the same device.
+        selection: Counts of the n0 samples.
+        estimation: Counts of the n others, on the same device.
         sigma: Standard deviation of the noise, in units of [0,1].
         alpha: Probability that any of the pixels is wrong, in (0,1).
         tau: Least probability of a class that is not abstained from, in [0.5, 1).
@@ -79,17 +74,11 @@ def certify_mask_counts(
 
 
 def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
-    """Each pixel's most frequent class, or `ABSTAIN` where its lead over the second may be chance: no certificate.
+    """Each pixel's most frequent class, (H,W), or `ABSTAIN` where its lead may be chance: no certificate.
 
-    `Predict` of Cohen et al. 2019 at each of M pixels, at alpha / M (Bonferroni). Holm's correction does not hold here:
-    the samples that test a class have chosen it too.
-
-    Args:
-        counts: (K,H,W) integer counts of the same samples at every pixel, K >= 2.
-        alpha: Probability that any of the (H,W) int64 answers is not the smoothed segmenter's, in (0,1).
-
-    Raises:
-        ValueError: As `certify_mask_counts`.
+    `Predict` of Cohen et al. 2019 at each of M pixels of (K,H,W) counts, at alpha / M (Bonferroni): Holm's correction
+    does not hold here, as the samples that test a class have chosen it too. `alpha`, in (0,1), is the probability that
+    any answer is not the smoothed segmenter's. Raises ValueError as `certify_mask_counts` does.
     """
     check_alpha(alpha)
     _samples(counts)
@@ -103,9 +92,9 @@ def predict_mask_counts(counts: Tensor, *, alpha: float) -> Tensor:
 
 
 def holm(p_values: np.ndarray, alpha: float) -> np.ndarray:
-    """Which of (M,) null hypotheses are rejected, the probability of any wrong rejection at most alpha (Holm 1979).
+    """Which of (M,) null hypotheses are rejected, any wrongly with probability at most alpha in (0,1) (Holm 1979).
 
-    Holds whatever the dependence between the tests. Raises ValueError unless alpha lies between 0 and 1.
+    Holds whatever the dependence between the tests.
     """
     check_alpha(alpha)
     order = np.argsort(p_values, kind="stable")
@@ -130,8 +119,7 @@ def certify_mask(
     """SegCertify of one image (C,H,W): n0 samples choose the classes, n more test them.
 
     With probability at least 1 - alpha over the noise, the smoothed segmenter answers the certificate's class at every
-    pixel that it does not abstain from, everywhere within its radius. Arguments as in `defense.smoothing.sample_counts`
-    and `certify_mask_counts`.
+    pixel not abstained from, everywhere within its radius. Arguments as in `sample_counts` and `certify_mask_counts`.
 
     Raises:
         InvalidAnswer: The classifier's answers are no (N,K,H,W) scores.

@@ -1,10 +1,8 @@
 """Randomised smoothing: certificates from counts under Gaussian noise.
 
-Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019 (section
-3.2, theorem 1). The smoothed classifier answers the class that the base classifier is most likely to give to
-x + N(0, sigma^2 I). The base classifier is any callable that maps images to scores: a model, or a gateway and its
-victim behind HTTP. Images and radii are in units of [0,1] pixel values. The noise is not clipped, as the theorem asks;
-whatever clips later belongs to the base classifier.
+Cohen, Rosenfeld and Kolter, ICML 2019 (section 3.2, theorem 1): the smoothed classifier answers the class that the base
+classifier (a model, or a gateway and its victim behind HTTP) is most likely to give to x + N(0, sigma^2 I). Images,
+sigma and radii are in units of [0,1]. The noise is not clipped, as the theorem asks.
 """
 
 import math
@@ -30,7 +28,7 @@ class Certificate:
     Attributes:
         label: The smoothed classifier's class, or `ABSTAIN`.
         radius: L2 radius in units of [0,1] within which `label` provably does not change; 0 when abstained.
-        samples: How many answers of the base classifier it rests on.
+        samples: Answers of the base classifier it rests on.
     """
 
     label: int
@@ -44,7 +42,7 @@ class Certificate:
 
 
 def lower_bound(hits: int, n: int, alpha: float) -> float:
-    """One-sided Clopper-Pearson bound: below the true probability in at least a share 1 - alpha of all experiments.
+    """One-sided Clopper-Pearson bound, below the true probability in a share 1 - alpha of all experiments or more.
 
     Raises:
         ValueError: alpha is not in (0,1), n is below 1, or hits are not between 0 and n.
@@ -65,23 +63,19 @@ def certified_radius(p_lower: float, sigma: float) -> float:
 
 
 def largest_radius(n: int, alpha: float, sigma: float) -> float:
-    """The radius when all n samples agree: no image can be certified beyond it, however robust it is."""
+    """The radius when all n samples agree: no image can be certified beyond it."""
     return certified_radius(lower_bound(n, n, alpha), sigma)
 
 
 def linf_equivalent(radius: float, shape: tuple[int, int, int]) -> float:
-    """The radius of the largest L-inf ball inside an L2 ball, radius / sqrt(C*H*W), for an image of shape (C,H,W)."""
+    """Radius of the largest L-inf ball inside an L2 ball, radius / sqrt(C*H*W), for an image of shape (C,H,W)."""
     return radius / math.sqrt(math.prod(shape))
 
 
 def certify_counts(selection: Tensor, estimation: Tensor, *, sigma: float, alpha: float) -> Certificate:
-    """`Certify` on counts.
+    """`Certify` on (K,) counts: n0 samples' choose the class, n others' estimate its probability.
 
-    Args:
-        selection: (K,) integer counts of the n0 samples that choose the class.
-        estimation: (K,) integer counts of n other samples, which estimate that class's probability.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        alpha: Probability that the certificate is wrong, in (0,1).
+    `alpha`, in (0,1), is the probability that the certificate is wrong.
     """
     label = int(selection.argmax())
     samples = int(selection.sum() + estimation.sum())
@@ -92,11 +86,9 @@ def certify_counts(selection: Tensor, estimation: Tensor, *, sigma: float, alpha
 
 
 def predict_counts(counts: Tensor, *, alpha: float) -> int:
-    """`Predict` on counts: the most frequent class, or `ABSTAIN` when its lead over the second may be chance.
+    """`Predict` on (K,) counts, K >= 2: the most frequent class, or `ABSTAIN` when its lead may be chance.
 
-    Args:
-        counts: (K,) integer counts, K >= 2.
-        alpha: Probability that the answer is not the smoothed classifier's, in (0,1); two-sided binomial test.
+    `alpha`, in (0,1), is the probability that the answer is not the smoothed classifier's; two-sided binomial test.
     """
     check_alpha(alpha)
     first, second = torch.topk(counts, 2).values.tolist()
@@ -108,10 +100,7 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
 
 
 def count_votes(scores: Tensor) -> Tensor:
-    """How many of (N,K) or (N,K,H,W) finite scores have each class as their largest.
-
-    Returns:
-        (K,) or (K,H,W) int64 counts that sum to N over K, on the scores' device.
+    """(K,) or (K,H,W) int64: how many of (N,K) or (N,K,H,W) finite scores have each class as their largest.
 
     Raises:
         InvalidAnswer: There are not two or more classes, or there is nothing to count.
@@ -130,18 +119,9 @@ def count_votes(scores: Tensor) -> Tensor:
 def sample_counts(
     classifier: BaseClassifier, image: Tensor, *, n: int, sigma: float, generator: torch.Generator, batch: int = 1024
 ) -> Tensor:
-    """Counts the base classifier's answers to `n` noisy copies of one image.
+    """Counts the base classifier's answers to `n` noisy copies of one image (C,H,W), `batch` in one call.
 
-    Args:
-        classifier: The base classifier, called with at most `batch` copies.
-        image: (C,H,W) float32.
-        n: Number of copies.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        generator: Source of the noise, which is drawn on the generator's device.
-        batch: Copies in one call of the classifier.
-
-    Returns:
-        (K,) or (K,H,W) int64 counts that sum to n over K, on the CPU.
+    The noise is drawn on the generator's device; returned are (K,) or (K,H,W) int64 counts on the CPU.
 
     Raises:
         InvalidAnswer: The answer is no finite (N,K) or (N,K,H,W) tensor with K >= 2, or changes its shape.
@@ -179,10 +159,8 @@ def certify(
     """`Certify` of the paper on one image (C,H,W): n0 samples choose the class, n more bound its probability.
 
     With probability at least 1 - alpha over the noise, the smoothed classifier answers the certificate's label
-    everywhere within its radius, or the certificate abstains. Arguments as in `sample_counts` and `certify_counts`.
-
-    `give_up` may look at the (K,) counts of the n0 samples and spare the n: the certificate then abstains. It stays
-    valid, as the n samples are independent of the n0.
+    everywhere within its radius, or the certificate abstains. Arguments as in `sample_counts` and `certify_counts`;
+    `give_up` may look at the (K,) counts of the n0 samples and spare the n others: the certificate then abstains.
     """
     selection = _of_image(sample_counts(classifier, image, n=n0, sigma=sigma, generator=generator, batch=batch))
     if give_up is not None and give_up(selection):

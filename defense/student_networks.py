@@ -1,7 +1,6 @@
 """Small networks that learn a black box from its answers; they are asked for gradients, not for accuracy.
 
-Hence smooth activations and average pooling: their gradients agree with the victim's sooner than those of rectifiers
-and maximum pooling do.
+Smooth activations and average pooling agree with the victim's gradients sooner than rectifiers and maximum pooling.
 """
 
 from collections.abc import Sequence
@@ -17,12 +16,7 @@ _WIDTHS = (16, 32, 64, 64)
 
 
 class StudentNetwork(nn.Module):
-    """A plain convolutional classifier: up to four stages, each halving the image.
-
-    Args:
-        shape: (C, H, W).
-        classes: K.
-    """
+    """A plain convolutional classifier of (C, H, W) images: up to four stages, each halving the image."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -43,12 +37,7 @@ class StudentNetwork(nn.Module):
 
 
 class DenseStudentNetwork(nn.Module):
-    """A U-Net (Ronneberger et al. 2015) of the same stages, with bilinear upsampling, for the answers of a segmenter.
-
-    Args:
-        shape: (C, H, W).
-        classes: K.
-    """
+    """A U-Net (Ronneberger et al. 2015) of the same stages, with bilinear upsampling, for segmenters' answers."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A small student of the black box, learned from answers that were paid for anyway.
 
-It is a partial copy of a confidential model: it belongs in the trainer's checkpoint, never in an artifact.
+A partial copy of a confidential model: it belongs in the trainer's checkpoint, never in an artifact.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,7 @@ _JITTER = 0.02  # noise on the images that it learns from, which smooths its gra
 
 
 class Answers:
-    """Rows of what the black box answered, oldest first, as columns of equal length.
-
-    Args:
-        columns: Name to the shape and type of one row.
-    """
+    """Rows of what the black box answered, oldest first; `columns` map a name to the shape and type of one row."""
 
     def __init__(self, columns: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self._storage = {name: torch.empty(0, *shape, dtype=dtype) for name, (shape, dtype) in columns.items()}
@@ -61,14 +57,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class SurrogateSettings:
-    """How a surrogate learns.
+    """How a surrogate learns, by AdamW on batches of `batch` answers.
 
     Attributes:
         warm_up: Answers from which it learns before the first step of the sanitizer.
         warm_up_steps: Its optimiser steps then.
         steps: Its optimiser steps after each step of the sanitizer.
-        batch: Answers a step.
-        learning_rate: AdamW's.
     """
 
     warm_up: int = 8000
@@ -81,15 +75,9 @@ class SurrogateSettings:
 class Surrogate:
     """A student network, all answers that it learns from, and how it learns.
 
-    Images and the probabilities of masks are kept with 8 bits: noise far below what the student can learn.
-
-    Args:
-        shape: (C, H, W).
-        classes: K.
-        settings: How it learns.
-        seed: Of its first weights and of its batches.
-        device: Where it learns.
-        positions: The axes of the answers behind the classes: () or (H, W).
+    Images (C, H, W) = `shape` and the probabilities of masks are kept with 8 bits: noise far below what it can learn.
+    `seed` is of its first weights and its batches; `positions` are the answers' axes behind the K classes: () or (H,
+    W).
     """
 
     def __init__(
@@ -123,13 +111,9 @@ class Surrogate:
     def learn(self, steps: int, *, from_scratch: bool = False) -> float:
         """Takes optimiser steps on the answers so far.
 
-        Args:
-            steps: How many.
-            from_scratch: The first long training: all answers alike, and a learning rate that rises and decays.
-                Otherwise it stays low, and half of every batch are the latest answers.
-
-        Returns:
-            The mean divergence, in nats an answer or a pixel, over the last quarter of the steps; 0 without any.
+        `from_scratch` is the first long training: all answers alike, and a learning rate that rises and decays.
+        Otherwise it stays low, and half of every batch are the latest answers. Returned is the mean divergence, in nats
+        an answer or a pixel, over the last quarter of the steps; 0 without any.
         """
         self.network.train()
         divergences = []

@@ -43,11 +43,7 @@ class QueryLedger:
         self._lock = threading.Lock()
 
     def charge(self, purpose: str, images: int) -> None:
-        """Records that `images` are about to be sent.
-
-        Raises:
-            BudgetExhausted: They exceed what is left; nothing is recorded.
-        """
+        """Records images before they are sent; BudgetExhausted, nothing recorded, if they exceed what is left."""
         with self._lock:
             total = sum(self._spent.values())
             if self.max_queries is not None and total + images > self.max_queries:
@@ -61,7 +57,7 @@ class QueryLedger:
 
     @property
     def spent(self) -> dict[str, int]:
-        """What was spent so far, in images, by purpose."""
+        """Images sent so far, by purpose."""
         with self._lock:
             return dict(self._spent)
 
@@ -78,16 +74,10 @@ class QueryLedger:
 
 
 class MeteredVictim:
-    """A victim whose every query is charged to a ledger and whose every answer is checked.
+    """A victim whose queries are charged to a ledger before they are sent and whose answers are checked.
 
-    Args:
-        victim: The black box.
-        ledger: Where the queries are charged, before they are sent.
-        num_classes: K, once it is known.
-        kind: What the scores are, once it is known; probabilities are checked to be distributions.
-        rounding: The decimal unit to which its probabilities are rounded, once it is known; see `read`.
-        queries_per_image: What one image costs: V behind a `defense.votes.VotingVictim`.
-        positions: The axes of the scores behind the classes, once they are known: () or (H, W).
+    `num_classes` (K), `kind`, `rounding` (the decimal unit of its probabilities) and `positions` (the scores' axes
+    behind the classes, () or (H, W)) are None until known; an image costs `queries_per_image`.
     """
 
     def __init__(
@@ -121,7 +111,7 @@ class MeteredVictim:
         return self.read(scores)
 
     def read(self, scores: Tensor) -> Tensor:
-        """What rounded probabilities may have been: zeros become half of the unit to which they were rounded.
+        """Rounded probabilities as they may have been: zeros become half of the unit to which they were rounded.
 
         The logarithm of a zero would drown all other differences. Labels (a unit of 1) are left as they are.
         """

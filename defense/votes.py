@@ -12,8 +12,7 @@ class VotingVictim:
 
     The expected share of a label under noise is a smooth function of the image (Cohen et al. 2019; Salman et al. 2019).
     The share of n of V votes is (n + 1/2) / (V + K/2), the Bayes estimate under Jeffreys' prior, whose logarithm is
-    finite. Each image costs V queries: `MeteredVictim` has to be told. Every call has fresh noise, so that the shares'
-    own noise, of variance p (1 - p) / V, shows in repetitions.
+    finite. Each image costs V queries: `MeteredVictim` has to be told. Every call has fresh noise.
 
     Args:
         victim: The black box. Where it has scores after all, their argmax is the vote.
@@ -32,10 +31,9 @@ class VotingVictim:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Answers (N, K) or (N, K, H, W) float32 shares, summing to 1 over K, for (N, C, H, W) images in [0, 1].
+        """(N, K) or (N, K, H, W) float32 shares, summing to 1 over K, for (N, C, H, W) images in [0, 1].
 
-        Raises:
-            InvalidAnswer: The victim's answer is no array of scores.
+        Raises InvalidAnswer if the victim's answer is no array of scores.
         """
         counts = None
         for _ in range(self.queries_per_image):  # one after the other: all copies at once need V times the memory

@@ -1,11 +1,7 @@
-"""Zeroth-order estimators: the gradient of a black-box loss from its values alone.
+"""Zeroth-order estimators: the gradient of a black-box loss from its values alone (docs/theory.md).
 
-Every estimator takes the points and a loss, evaluates all directions of all images in one call of that loss, and
-returns what it found and what it spent. RGE is put together from parts: where to look (`Directions`), which differences
-to take, and how to combine the slopes.
-
-Symbols: z a point of d numbers, l its loss, g its gradient, q the number of directions u, D the slope along one, mu the
-step, r the dimensions of a subspace. The theory is in docs/theory.md.
+Each evaluates all directions of all images in one call of the loss. Symbols: z a point of d numbers, l its loss, g its
+gradient, q the number of directions u, D the slope along one, mu the step, r the dimensions of a subspace.
 """
 
 from defense.estimators.base import Difference, Estimate, Estimator, Loss, Points

@@ -19,8 +19,7 @@ class Points:
     Attributes:
         z: (M, *shape).
         owners: (M,) int64, which image each point belongs to.
-        centers: (n,) int64, for each image the point that stands for it: its own; one beside it for central
-            differences, which leave its own out.
+        centers: (n,) int64, the point that stands for each image: its own; one beside it for central differences.
     """
 
     z: Tensor
@@ -41,10 +40,9 @@ class Loss:
 
     Attributes:
         black_box: M points -> (M,) losses. Every point costs one victim query.
-        surrogate: (n, *shape) points, of the first n images, -> (n,) losses of a differentiable model of the black box
-            that costs no query; None where there is none.
-        located: M points -> (M, H, W) losses that sum to those of `black_box`, each at its pixel, and linearised around
-            the centers; None where the black box does not answer for every pixel.
+        surrogate: (n, *shape) points, of the first n images, -> (n,) losses of a differentiable model, without a query.
+        located: M points -> (M, H, W) losses of pixels that sum to those of `black_box`, linearised around the centers;
+            None where the black box does not answer for every pixel.
     """
 
     black_box: Callable[[Points], Tensor]
@@ -80,7 +78,7 @@ class Estimator(Protocol):
     """The interface of all estimators."""
 
     def evaluations(self, dimension: int) -> int:
-        """How many times the black box is evaluated for one point of `dimension` numbers, if the budget allows it."""
+        """Evaluations of the black box for one point of `dimension` numbers, if the budget allows it."""
         ...
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
@@ -101,10 +99,8 @@ class Estimator(Protocol):
 def affordable(wanted: int, fixed: int, each: int, images: int, budget: int | None) -> int:
     """How many of the `wanted` directions of each image a budget of evaluations holds; None: unlimited.
 
-    An image costs `fixed` evaluations before the first direction, and `each` for every direction.
-
-    Raises:
-        BudgetExhausted: Not even one direction an image.
+    An image costs `fixed` evaluations, and `each` for every direction. Raises BudgetExhausted below one direction an
+    image.
     """
     if budget is None:
         return wanted

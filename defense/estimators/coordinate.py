@@ -11,13 +11,10 @@ from defense.estimators.base import Difference, Estimate, Loss, Points
 
 @dataclass(frozen=True)
 class CoordinateGradientEstimator:
-    """CGE: the finite difference along every coordinate (Zhang et al. 2022, equation 5).
+    """CGE: the finite difference with step `mu` along every coordinate (Zhang et al. 2022, equation 5).
 
-    Exact on quadratics with central differences; its bias is (mu / 2) |diag H| with forward ones.
-
-    Attributes:
-        mu: The step.
-        difference: Central, as the authors' code: 2 d evaluations a point; forward: d + 1.
+    Central, as the authors' code: 2 d evaluations a point, exact on quadratics. Forward: d + 1, biased by (mu / 2)
+    |diag H|.
     """
 
     mu: float
@@ -28,7 +25,7 @@ class CoordinateGradientEstimator:
         return dimension + 1 if self.difference == "forward" else 2 * dimension
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`. Draws nothing from the generator."""
+        """See `Estimator`. Draws nothing from the generator."""
         flat = z.detach().flatten(1)
         images, dimension = flat.shape
         central = self.difference == "central"

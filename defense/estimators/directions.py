@@ -17,9 +17,8 @@ _NEGLIGIBLE = 1e-6
 class Directions(Protocol):
     """A way to choose directions.
 
-    Attributes:
-        isotropic: Whether E[u u^T] = P / r, P the projector on the r dimensions that are searched. If not, slopes can
-            only be combined by projection.
+    `isotropic` says whether E[u u^T] = P / r, P the projector on the r dimensions that are searched; if not, slopes can
+    only be combined by projection.
     """
 
     isotropic: ClassVar[bool]
@@ -38,11 +37,8 @@ def sample_directions(
 ) -> Tensor:
     """Draws (N, q, d) float32: `count` sets of random directions u of R^d, scaled so that E[u u^T] = I / d.
 
-    "sphere": independent, uniform on the unit sphere. "gaussian": independent, N(0, I / d). "orthonormal": mutually
-    orthogonal within a set, each uniform on the sphere. The generator is on the CPU.
-
-    Raises:
-        ValueError: More orthonormal directions than dimensions.
+    "sphere": uniform on the unit sphere. "gaussian": N(0, I / d). "orthonormal": mutually orthogonal within a set, each
+    uniform on the sphere; raises ValueError if q > d. The generator is on the CPU.
     """
     if sampling == "orthonormal" and directions > dimension:
         raise ValueError(f"{directions} orthonormal directions do not exist in {dimension} dimensions")
@@ -77,12 +73,7 @@ class Isotropic:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions of a subspace: what lies outside it is never seen, what lies inside costs r dimensions, not d.
-
-    Attributes:
-        rows: (r, d) its orthonormal basis.
-        sampling: See `sample_directions`.
-    """
+    """Directions in the span of `rows` (r, d), orthonormal: what lies outside is never seen, inside costs r, not d."""
 
     isotropic: ClassVar[bool] = True
 
@@ -102,11 +93,7 @@ class Subspace:
 def low_frequencies(shape: tuple[int, int, int], side: int) -> Tensor:
     """The `side` lowest frequencies along each axis of (C, H, W) images, by the type-II discrete cosine transform.
 
-    Returns:
-        (C side^2, C H W) orthonormal rows, the lowest frequencies first.
-
-    Raises:
-        ValueError: There are not so many frequencies.
+    Returned are (C side^2, C H W) orthonormal rows, the lowest first; raises ValueError if there are not so many.
     """
     channels, height, width = shape
     if not 1 <= side <= min(height, width):
@@ -129,9 +116,9 @@ def _cosines(length: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Guided:
-    """The surrogate's own gradient as the first direction, and those of `others` made orthogonal to it after it.
+    """The surrogate's own gradient as the first direction, then those of `others` made orthogonal to it.
 
-    The slope along it says, for one query an image, how far the surrogate is to be trusted there, and with which sign.
+    The slope along it says, for one query, how far the surrogate is to be trusted there, and with which sign.
     """
 
     isotropic: ClassVar[bool] = False
@@ -143,7 +130,7 @@ class Guided:
         return whole
 
     def draw(self, z: Tensor, count: int, loss: Loss, generator: torch.Generator) -> Tensor:
-        """See `Directions`; the first along the surrogate's gradient, the others orthogonal to it."""
+        """See `Directions`."""
         first = _unit(loss.surrogate_gradient(z).flatten(1)).unsqueeze(1)
         if count == 1:
             return first
@@ -153,6 +140,6 @@ class Guided:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """(..., d) vectors divided by their norms; those that have hardly any become zero."""
+    """(..., d) vectors divided by their norms; negligible ones become zero."""
     norms = vectors.norm(dim=-1, keepdim=True)
     return torch.where(norms > _NEGLIGIBLE * norms.max(), vectors / norms.clamp_min(1e-30), 0.0)

@@ -11,21 +11,14 @@ from defense.estimators.base import Estimate, Loss, Points
 
 @dataclass(frozen=True)
 class ExactGradient:
-    """First-order training (FO-DS, FO-AE-DS; Salman et al. 2020): automatic differentiation through the open model.
-
-    One evaluation an image; a forward and a backward pass of the victim.
-    """
+    """First-order training (FO-DS, FO-AE-DS; Salman et al. 2020) by autograd: one evaluation an image."""
 
     def evaluations(self, dimension: int) -> int:
         """One."""
         return 1
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """The gradient of each image's loss; see `Estimator`.
-
-        Raises:
-            DefenseError: The loss cannot be differentiated: the victim is a black box.
-        """
+        """See `Estimator`; raises DefenseError if the victim is a black box."""
         with torch.enable_grad():
             points = z.detach().requires_grad_(True)
             values = loss.black_box(Points.around(points.unsqueeze(1), center=0))

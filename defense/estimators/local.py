@@ -13,14 +13,10 @@ from defense.estimators.base import Estimate, Loss, Points, affordable
 class LocalGradientEstimator:
     """Random directions, each coordinate judged by the losses around it only (docs/theory.md, formula 10).
 
-    All coordinates of z (N, c, h, w) step at once, by random signs; what happens to the loss in a window around a cell
-    is put down to that cell's c numbers. The error grows with the window's area and not with the dimension; what a cell
-    does outside its window is not seen.
-
-    Attributes:
-        count: Directions an image, q.
-        mu: Their step, in L2 norm.
-        window: Side of the window in cells, odd.
+    All coordinates of z (N, c, h, w) step at once, `mu` in L2 norm, by random signs; what happens to the loss in a
+    window around a cell (`window` cells a side, odd) is put down to that cell's c numbers. The error grows with the
+    window's area and not with the dimension; what a cell does outside its window is not seen. `count` is q, the
+    directions an image.
     """
 
     count: int
@@ -37,7 +33,7 @@ class LocalGradientEstimator:
         return 1 + self.count
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs to be `located`.
+        """See `Estimator`. The loss needs to be `located`.
 
         Raises:
             ValueError: The loss is not located, or z has no cells that divide the image.

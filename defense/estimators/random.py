@@ -20,12 +20,11 @@ class RandomGradientEstimator:
         directions: q.
         mu: The step, in the L2 norm of z's space.
         where: Which directions.
-        difference: Forward, D = (l(z + mu u) - l(z)) / mu: q + 1 evaluations a point. Central,
-            D = (l(z + mu u) - l(z - mu u)) / (2 mu), also called antithetic: 2 q.
+        difference: Forward, D = (l(z + mu u) - l(z)) / mu: q + 1 evaluations a point. Central (antithetic),
+            D = (l(z + mu u) - l(z - mu u)) / (2 mu): 2 q.
         combine: "unbiased": (r / q) sum_i D_i u_i, whose squared error is r / q times that of the gradient.
-            "projection": the shortest vector with these slopes, which is the gradient's projection on the span of the
-            directions; biased towards zero, but never longer than the gradient. For orthonormal directions it is q / r
-            times the other, the factor of least squared error.
+            "projection": the gradient's projection on the span of the directions, biased towards zero but never longer
+            than the gradient; for orthonormal directions q / r times the other, the factor of least squared error.
     """
 
     directions: int
@@ -44,7 +43,7 @@ class RandomGradientEstimator:
         return self.directions + 1 if self.difference == "forward" else 2 * self.directions
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`."""
+        """See `Estimator`."""
         images, central = len(z), self.difference == "central"
         count = affordable(self.directions, *((0, 2) if central else (1, 1)), images, budget)
         directions = self.where.draw(z, count, loss, generator)

@@ -15,9 +15,8 @@ _SIGNIFICANT = 2.0  # standard errors
 class SurrogateGradient:
     """The surrogate's gradient itself, biased by whatever the surrogate does not know.
 
-    Attributes:
-        asked: Images of a batch, its first ones, about which the black box is asked, for the surrogate to learn from;
-            the others cost nothing. None: all.
+    For it to learn, the black box is asked about the first `asked` images of a batch (None: all); the others cost
+    nothing.
     """
 
     asked: int | None = None
@@ -27,10 +26,7 @@ class SurrogateGradient:
         return 1
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
-
-        The loss of an image that is not asked about is NaN.
-        """
+        """See `Estimator`. The loss needs a surrogate; that of an image not asked about is NaN."""
         images = len(z)
         known = loss.surrogate_gradient(z)
         asked = images if self.asked is None else min(self.asked, images)
@@ -45,28 +41,21 @@ class SurrogateGradient:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """Measures some images of a batch, and follows the surrogate at the others, at the rate of the measured ones.
+    """Measures the first `measured` images of a batch by `inner`; follows the surrogate at the others, at their rate.
 
     Which images are in a batch is most of the noise of the parameters' gradient (docs/theory.md, formula 9), and the
     surrogate's gradient h costs no query: g = beta h at images that are not measured, see `trusted_factor`.
-
-    Attributes:
-        inner: For the measured images, the first ones of a batch.
-        measured: How many they are.
     """
 
     inner: Estimator
     measured: int
 
     def evaluations(self, dimension: int) -> int:
-        """As many as the inner estimator's, for a measured point; none for the others."""
+        """The inner estimator's, for a measured point; none for the others."""
         return self.inner.evaluations(dimension)
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient of each image's loss; see `Estimator`. The loss needs a surrogate.
-
-        The loss of an image that is not measured is NaN.
-        """
+        """See `Estimator`. The loss needs a surrogate; that of an image not measured is NaN."""
         few = min(self.measured, len(z))
         known = loss.surrogate_gradient(z)
         found = self.inner(z[:few], loss, generator, budget)
@@ -81,8 +70,8 @@ class Extrapolation:
 def trusted_factor(measured: Tensor, known: Tensor) -> Tensor:
     """Least squares beta = sum g.h / sum |h|^2 of (..., N, d) measured vectors g on known ones h.
 
-    0 where the products g.h are not positive by two standard errors, so that a surrogate that knows nothing changes
-    nothing (docs/theory.md, formula 6).
+    0 where the products g.h are not positive by two standard errors: a surrogate that knows nothing changes nothing
+    (docs/theory.md, formula 6).
     """
     products = (measured * known).sum(-1)
     total = products.sum(-1)
