@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from defense.segmentation_smoothing import certify_mask
+from defense.segmentation_smoothing import MaskCertificate, certify_mask
 from defense.smoothing import BaseClassifier, Certificate, certify, linf_equivalent
 from training.certificates.files import ClassLine, MaskLine, Settings, open_output
 from training.command.team import ALONE, Team
@@ -29,13 +30,10 @@ def certify_images(
     batch: int = 1024,
     team: Team = ALONE,
 ) -> list[ClassLine | MaskLine]:
-    """Certifies what an output file lacks, adding a line an image as soon as it is known.
+    """Certifies what an output file lacks, adding a line as soon as an image is done; returns all lines in order.
 
-    Of several processes each takes an image at a time, and the first one writes. `indices` are the images' places in
-    their split; `batch` noisy images are made at once. Raises as `open_output`.
-
-    Returns:
-        The lines of all images, in their order.
+    Processes of a team take one image at a time, and the first one writes. `indices` are the images' places in their
+    split; `batch` noisy images are made at once. Raises as `open_output`.
     """
     done = team.told(lambda: open_output(path, settings))
     make = _class_line if settings.tau is None else _mask_line
@@ -57,10 +55,10 @@ def certify_images(
 def certify_class(
     classifier: BaseClassifier, image: Tensor, label: int, index: int, settings: Settings, *, batch: int = 1024
 ) -> Certificate:
-    """`defense.smoothing.certify` of one image (C,H,W), with noise that depends on seed and index alone.
+    """Certifies one image (C,H,W), with noise that depends on seed and index alone.
 
-    With `settings.stop_early` the n samples are spared where most of the n0 samples are not of the true class. A
-    deployed classifier does not know that class; this only spares work on images that would count as wrong anyway.
+    `settings.stop_early` skips the n samples if most of the n0 samples miss the true class. A deployed classifier does
+    not know that class; this only saves work on images that count as wrong anyway.
     """
 
     def hopeless(selection: Tensor) -> bool:
@@ -70,12 +68,7 @@ def certify_class(
     return certify(
         classifier,
         image,
-        sigma=settings.sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        generator=_noise_of(settings.seed, index),
-        batch=batch,
+        **_sampling(settings, index, batch),
         give_up=hopeless if settings.stop_early else None,
     )
 
@@ -85,46 +78,48 @@ def _class_line(classifier: BaseClassifier, one: ImageSet, index: int, settings:
     label = int(one.labels[0])
     certificate = certify_class(classifier, one.images[0], label, index, settings, batch=batch)
     return ClassLine(
-        index=index,
-        name=one.names[0],
+        **_shared_fields(certificate, one, index, settings, begin),
         label=label,
         prediction=certificate.label,
-        radius=certificate.radius,
-        linf_radius_255=255 * linf_equivalent(certificate.radius, settings.shape),
         correct=certificate.label == label,
-        queries=certificate.samples,
-        seconds=round(time.perf_counter() - begin, 3),
     )
 
 
 def _mask_line(classifier: BaseClassifier, one: ImageSet, index: int, settings: Settings, batch: int) -> MaskLine:
     begin = time.perf_counter()
     assert settings.tau is not None
-    certificate = certify_mask(
-        classifier,
-        one.images[0],
-        sigma=settings.sigma,
-        n0=settings.n0,
-        n=settings.n,
-        tau=settings.tau,
-        alpha=settings.alpha,
-        generator=_noise_of(settings.seed, index),
-        batch=batch,
-    )
+    certificate = certify_mask(classifier, one.images[0], tau=settings.tau, **_sampling(settings, index, batch))
     dice, iou = worst_case(certificate.labels, one.labels[0])
     return MaskLine(
-        index=index,
-        name=one.names[0],
-        radius=certificate.radius,
-        linf_radius_255=255 * linf_equivalent(certificate.radius, settings.shape),
-        queries=certificate.samples,
-        seconds=round(time.perf_counter() - begin, 3),
+        **_shared_fields(certificate, one, index, settings, begin),
         dice=dice,
         iou=iou,
         abstained=certificate.abstained,
     )
 
 
-def _noise_of(seed: int, index: int) -> torch.Generator:
-    """The source of an image's noise, whichever others are certified."""
-    return torch.Generator().manual_seed(random.Random(f"{seed}:{index}").getrandbits(63))
+def _shared_fields(
+    certificate: Certificate | MaskCertificate, one: ImageSet, index: int, settings: Settings, begin: float
+) -> dict[str, Any]:
+    """The fields of `Line`."""
+    return {
+        "index": index,
+        "name": one.names[0],
+        "radius": certificate.radius,
+        "linf_radius_255": 255 * linf_equivalent(certificate.radius, settings.shape),
+        "queries": certificate.samples,
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
+def _sampling(settings: Settings, index: int, batch: int) -> dict[str, Any]:
+    """Arguments that `certify` and `certify_mask` share; an image's noise does not depend on the other images."""
+    seed = random.Random(f"{settings.seed}:{index}").getrandbits(63)
+    return {
+        "sigma": settings.sigma,
+        "n0": settings.n0,
+        "n": settings.n,
+        "alpha": settings.alpha,
+        "generator": torch.Generator().manual_seed(seed),
+        "batch": batch,
+    }

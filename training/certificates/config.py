@@ -13,16 +13,22 @@ from training.data.datasets import ImageSet
 
 logger = logging.getLogger(__name__)
 
-_CLASS_N0 = 100
+_CLASS_N0, _CLASS_N, _CLASS_RADII = 100, 10_000, (0.0, 0.25, 0.5, 0.75)
+COMPARED_N, COMPARED_RADII = 1000, (0.0, 0.25, 0.5)
+"""Defaults of `training.compare` for images with one class each."""
 _MASK_N0, _MASK_N = 10, 100  # suffice for tau = 0.75: unanimous pixels pass Holm's test by far
+
+
+def _listed(radii: tuple[float, ...]) -> str:
+    return ",".join(f"{radius:g}" for radius in radii)
 
 
 class CertificateConfig(Config):
     """The certificates."""
 
-    class_n: ClassVar[int] = 10_000
-    class_radii: ClassVar[tuple[float, ...]] = (0.0, 0.25, 0.5, 0.75)
-    """What `n` and `radii` are for images with one class each, where they are not given."""
+    class_n: ClassVar[int] = _CLASS_N
+    class_radii: ClassVar[tuple[float, ...]] = _CLASS_RADII
+    """Defaults of `n` and `radii` for images with one class each."""
 
     sigma: PositiveFloat = Field(0.25, description="noise, in units of [0,1]")
     n0: PositiveInt | None = Field(
@@ -31,7 +37,7 @@ class CertificateConfig(Config):
     n: PositiveInt | None = Field(
         None,
         validation_alias=AliasChoices("n", "samples"),  # torchrun takes --n for the beginning of flags of its own
-        description=f"samples that bound it (default 10000, to compare 1000; of pixels {_MASK_N})",
+        description=f"samples that bound it (default {_CLASS_N}, to compare {COMPARED_N}; of pixels {_MASK_N})",
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.001, description="failure probability")
     tau: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
@@ -39,8 +45,8 @@ class CertificateConfig(Config):
     )
     radii: Commas[NonNegativeFloat] = Field(
         (),
-        description="comma-separated L2 radii (default 0,0.25,0.5,0.75, to compare 0,0.25,0.5; of masks the one that "
-        "tau gives)",
+        description=f"comma-separated L2 radii (default {_listed(_CLASS_RADII)}, to compare {_listed(COMPARED_RADII)}; "
+        "of masks the one that tau gives)",
     )
 
     def radii_at(self, reach: float, tau: float | None) -> tuple[float, ...]:
@@ -52,10 +58,9 @@ K = TypeVar("K", bound=CertificateConfig)
 
 
 def settled_certificate(config: K, chosen: ImageSet) -> K:
-    """The same with what depends on the images filled in; says what no image can reach.
+    """Fills in the defaults that depend on the images, and warns of radii that no image can reach.
 
-    Raises:
-        UserError: --tau means nothing for such labels.
+    Raises UserError if --tau is given for images with one class each.
     """
     if chosen.labels.ndim == 1:
         if config.tau is not None:

@@ -13,12 +13,10 @@ from training.data.datasets import Splits
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines every line of an output file, and so must not change when it is continued.
+    """What determines every line of an output file, and must not change when it is continued.
 
     Attributes:
-        name: Name of the defense.
         artifact: Id of the gateway's artifact; None for a bare victim.
-        dataset: Name of the data.
         fingerprint: SHA-256 of the data.
         split: "test" or "validation".
         shape: (C,H,W) of the images.
@@ -26,9 +24,8 @@ class Settings:
         n0: Samples that choose the class.
         n: Samples that bound its probability.
         alpha: Probability that a certificate is wrong.
-        seed: Of split and noise.
-        stop_early: Whether the n samples were spared where the n0 samples show the image to be lost.
-        tau: Share of the samples that has to agree on a pixel's class; None for classes of whole images.
+        stop_early: Whether the n samples are skipped if the n0 samples miss the true class.
+        tau: Share of the samples that must agree on a pixel's class; None for classes of whole images.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -58,9 +55,7 @@ def settings_for(
     name: str = "",
     artifact: str | None = None,
 ) -> Settings:
-    """The settings that a settled configuration and its images give; the others as in `Settings`."""
-    assert config.n0 is not None  # it is settled
-    assert config.n is not None
+    """The settings of a configuration that `settled_certificate` returned."""
     channels, height, width = splits.test.images.shape[1:]
     return Settings(
         name=name,
@@ -69,27 +64,21 @@ def settings_for(
         fingerprint=splits.fingerprint,
         split=split,
         shape=(channels, height, width),
-        sigma=config.sigma,
-        n0=config.n0,
-        n=config.n,
-        alpha=config.alpha,
         seed=seed,
         stop_early=stop_early and config.tau is None,
-        tau=config.tau,
+        **config.model_dump(include={"sigma", "n0", "n", "alpha", "tau"}),
     )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One image, whatever was certified about it.
+    """What is certified of one image.
 
     Attributes:
         index: Its place in the split.
-        name: Its name.
-        radius: Certified L2 radius, in units of [0,1]; 0 when abstained.
-        linf_radius_255: The L-inf ball inside it, in 1/255.
+        radius: Certified L2 radius, in units of [0,1]; 0 if abstained.
+        linf_radius_255: Radius of the L-inf ball inside it, in 1/255.
         queries: Images sent for it.
-        seconds: Time it took.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -104,13 +93,7 @@ class Line:
 
 @dataclass(frozen=True)
 class ClassLine(Line):
-    """The class of an image.
-
-    Attributes:
-        label: Its true class.
-        prediction: The smoothed class, or `ABSTAIN` (-1).
-        correct: Whether the prediction is the label.
-    """
+    """The class of an image: true `label`, and the smoothed `prediction` or `ABSTAIN` (-1)."""
 
     label: int
     prediction: int
@@ -127,9 +110,8 @@ class MaskLine(Line):
     """The mask of an image; all its certified pixels together hold within one radius.
 
     Attributes:
-        dice: Dice with the true mask, every abstaining pixel counted as wrong: no perturbation within the radius gets
-            the smoothed segmenter below it.
-        iou: Intersection over union, likewise.
+        dice: Certified Dice: abstaining pixels count as wrong, so no perturbation within the radius gets below it.
+        iou: Certified intersection over union.
         abstained: Share of the pixels without an answer.
     """
 
@@ -149,12 +131,10 @@ _MASK_LINE = TypeAdapter(MaskLine)
 
 
 def open_output(path: Path, settings: Settings) -> dict[int, ClassLine | MaskLine]:
-    """Prepares an output file: begins it, or returns the lines that an earlier run left, by index.
+    """Starts an output file, or returns the lines that an earlier run left, by index.
 
-    A last line without its end (the earlier run was killed while it wrote) is cut off; a first one begins anew.
-
-    Raises:
-        UserError: The file is no such output, or was written with other settings. It is left as it is.
+    An incomplete last line of a killed run is cut off. Raises UserError, and leaves the file as it is, if it is no such
+    output or was written with other settings.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from defense.preprocessors import PREPROCESSORS
 from services.settings import Commas, Repeated
-from training.certificates.config import CertificateConfig
+from training.certificates.config import COMPARED_N, COMPARED_RADII, CertificateConfig
 from training.command.config import DeviceConfig
 from training.comparison.methods import METHODS, known_method
 from training.comparison.runs import Run, plan
@@ -23,8 +23,8 @@ MethodName = Annotated[str, AfterValidator(known_method)]
 class CompareConfig(VotesConfig, WireConfig, CertificateConfig, DataConfig, DeviceConfig):
     """Compares defenses at equal numbers of victim queries, and prints and plots what they certify."""
 
-    class_n: ClassVar[int] = 1000
-    class_radii: ClassVar[tuple[float, ...]] = (0.0, 0.25, 0.5)
+    class_n: ClassVar[int] = COMPARED_N
+    class_radii: ClassVar[tuple[float, ...]] = COMPARED_RADII
 
     victim_url: Repeated[str] = Field((), description="the black box, as zo_fit has it; repeat it for replicas")
     victim: Path | None = Field(

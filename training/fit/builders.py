@@ -31,11 +31,7 @@ from training.fit.student import Student
 
 
 def build_estimator(config: FitConfig, sanitizer: Sanitizer, mu: float) -> Estimator:
-    """The estimator that a configuration names, with `mu` as the step of its finite differences.
-
-    Raises:
-        UserError: The configuration does not fit the sanitizer.
-    """
+    """The estimator of a configuration, with finite-difference step `mu`; UserError if it does not fit."""
     match config.estimator:
         case "cge":
             return CoordinateGradientEstimator(mu, config.slopes)
@@ -99,10 +95,9 @@ def build_student(
     *,
     writes: bool = True,
 ) -> Student | None:
-    """The surrogate, where the method uses one: of a victim with so many classes and positions in its scores.
+    """The surrogate of a victim with these classes and score positions; None if the method uses none.
 
-    Raises:
-        UserError: The method does not fit what the victim answers.
+    Raises UserError if the method does not fit what the victim answers.
     """
     if config.estimator == "local" and not positions:
         raise UserError("--estimator local needs a victim that answers masks; this one answers classes: use rge")

@@ -1,8 +1,7 @@
-"""A run of `zo_fit` on disk: a checkpoint that is whole or absent, and a journal of the queries that outlives a kill.
+"""A run of `zo_fit` on disk: a checkpoint, replaced atomically, and a journal of the queries that survives a kill.
 
-The checkpoint is one safetensors file, tensors and JSON metadata together, replaced by renaming. The journal gets one
-line before every request leaves, so that after kill -9 the ledger still holds every image that was sent: those sent
-after the last checkpoint, whose answers died with the process, are booked as "lost".
+The checkpoint is one safetensors file of tensors and JSON metadata. The journal gets a line before every request, so
+that images sent after the last checkpoint, whose answers are gone after kill -9, are still booked, as "lost".
 """
 
 import errno
@@ -31,12 +30,7 @@ _METADATA_KEY: Final = "state"
 
 @dataclass
 class Checkpoint:
-    """All that a run needs to go on.
-
-    Attributes:
-        state: JSON values: step, ledger, settings, history and the like.
-        tensors: Everything else, by name.
-    """
+    """All that a run needs to continue: JSON `state` (step, ledger, settings, history, ...) and `tensors` by name."""
 
     state: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -49,11 +43,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
-        """Reads the checkpoint in `folder`.
-
-        Raises:
-            UserError: There is none, or it is no checkpoint.
-        """
+        """Reads the checkpoint in `folder`; UserError if there is none or it is invalid."""
         path = folder / FILE_NAME
         if not path.exists():
             raise UserError(f"{folder} holds no checkpoint to resume from: leave out --resume to start anew")
@@ -97,13 +87,9 @@ def state_copy(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Journal:
-    """An append-only file of (purpose, images) lines, written through to the operating system before a request leaves.
+    """An append-only file of (purpose, images) lines in a run's folder, flushed before a request leaves.
 
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        UserError: Another run writes there: two ledgers would each allow the whole budget.
+    Raises UserError if another run writes there: two ledgers would each allow the whole budget.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,11 +102,7 @@ class Journal:
             raise UserError(f"another run is writing to {folder}: wait for it, or name another --out") from error
 
     def write(self, purpose: str, images: int) -> None:
-        """Records that `images` are about to be sent.
-
-        Raises:
-            OSError: It could not be written whole; nothing may be sent then.
-        """
+        """Records that `images` are about to be sent; on OSError nothing may be sent."""
         line = f"{purpose} {images}\n".encode()
         if self._file.write(line) != len(line):  # which a disk that is getting full may do without an error
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
@@ -131,12 +113,10 @@ class Journal:
 
     @staticmethod
     def total(folder: Path) -> int:
-        """All images that the journal in `folder` records; 0 where there is none.
+        """All images that the journal in `folder` records; 0 without a journal.
 
-        A last line without its end was cut by a crash before its request left, and does not count.
-
-        Raises:
-            UserError: The file is no journal.
+        An incomplete last line was cut by a crash before its request left, and does not count. Raises UserError if the
+        file is not a journal.
         """
         path = folder / JOURNAL_NAME
         if not path.exists():
@@ -149,10 +129,9 @@ class Journal:
 
 
 def resumed_ledger(folder: Path, booked: dict[str, int]) -> dict[str, int]:
-    """What was really spent: the checkpoint's ledger, and as "lost" what the journal holds beyond it.
+    """The checkpoint's ledger, plus as "lost" what the journal holds beyond it.
 
-    Raises:
-        UserError: The journal is none, or records less than the checkpoint.
+    Raises UserError if the journal is invalid or records less than the checkpoint.
     """
     lost = Journal.total(folder) - sum(booked.values())
     if lost < 0:

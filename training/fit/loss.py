@@ -15,13 +15,10 @@ _CHUNK = 2048  # images decoded and sent at once: bounds the images in memory, n
 def loss_behind_border(
     targets: Tensor, sanitizer: Sanitizer, victim: MeteredVictim, surrogate: Surrogate | None
 ) -> Loss:
-    """The stability loss of points at the border, where what follows are decoder and victim.
+    """The stability loss of points at the border, which pass through the sanitizer's decoder and the probed victim.
 
-    Args:
-        targets: (N,) or (N, H, W) the victim's classes for the clean images.
-        sanitizer: Decodes the points.
-        victim: The metered black box, probed already.
-        surrogate: Learns from the answers at the centers, and knows a loss of its own; None: there is none.
+    `targets` are the victim's classes for the clean images, (N,) or (N, H, W). A surrogate learns from the answers at
+    the centers, and adds a loss that needs no query.
     """
     kind = victim.kind
     assert kind is not None  # probed

@@ -5,16 +5,10 @@ from torch import Tensor
 
 
 def with_noise(clean: Tensor, sigma: float, generator: torch.Generator, below: float = 0.0) -> Tensor:
-    """Adds Gaussian noise, of a lower level to some of the images.
+    """Adds Gaussian noise to images (N, C, H, W), to a share `below` of them with a level drawn from [0, sigma].
 
-    Certificates are about noise of the full sigma, but the gateway's deterministic pass sees images without any: a
-    sanitizer that knows only one level would blur them.
-
-    Args:
-        clean: (N, C, H, W), on any device.
-        sigma: Standard deviation.
-        generator: On the CPU.
-        below: Share of the images that get any level between none and sigma.
+    Certificates use noise of the full sigma, but the gateway's deterministic pass sees none: a sanitizer that knows
+    only one level would blur those images. The generator is on the CPU.
     """
     level: Tensor | float = sigma
     if below:

@@ -39,8 +39,7 @@ _COMPONENTS = 192  # of the Wiener filter, where there are enough images to tell
 def pretrain(config: PretrainConfig, splits: Splits, out: Path, device: torch.device) -> None:
     """Pre-trains on the training split and writes both artifacts below `out`.
 
-    Raises:
-        UserError: The images are too few, or the code too large, for these models.
+    Raises UserError if there are too few images, or the code is too large, for these models.
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -95,8 +94,7 @@ def pretrain(config: PretrainConfig, splits: Splits, out: Path, device: torch.de
 def load_pretrained(folder: Path, name: PretrainedName, splits: Splits, sigma: float) -> Sanitizer:
     """The sanitizer `name` that `pretrain` wrote to `folder`, to be trained on `splits` for noise of `sigma`.
 
-    Raises:
-        ArtifactError: It is not there, or was made for other images or another noise.
+    Raises ArtifactError if it is missing or was made for another image shape or sigma.
     """
     artifact = load_artifact(folder / name)
     manifest = artifact.manifest
@@ -123,14 +121,9 @@ def minimize_squared_error(
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Trains `module` to map corrupted images back to clean ones, by Adam with warm-up and cosine decay.
+    """Trains `module` to map corrupted batches of `images` (M, C, H, W) in [0, 1] back to clean ones.
 
-    Args:
-        module: (N, C, H, W) to (N, C, H, W).
-        images: (M, C, H, W) clean images in [0, 1].
-        corrupt: Clean batch to corrupted batch.
-        steps: Optimiser steps.
-        generator: Source of the batches, on the CPU.
+    Uses Adam with warm-up and cosine decay; the generator of the batches is on the CPU.
     """
     device = next(module.parameters()).device
     module.train()

@@ -21,26 +21,23 @@ logger = logging.getLogger(__name__)
 def probe_victim(
     victim: MeteredVictim, client: Endpoint, sanitizer: Sanitizer, images: Tensor, config: FitConfig
 ) -> tuple[list[str], ProbeReport]:
-    """Probes a victim before anything is spent on training, and logs what was found.
-
-    The probe's steps are those of training: at the border of the black box, from noisy images.
+    """Probes a victim before anything is spent on training, with training's steps at the border, from noisy images.
 
     Args:
-        victim: The metered black box; its number of classes, and kind and rounding of scores, are fixed here.
-        client: The same black box, unmetered; its one query here is charged to the ledger of `victim`.
+        victim: Gets its number of classes, and kind and rounding of scores, set here.
+        client: The same victim, unmetered; its one query is charged to the ledger of `victim`.
         sanitizer: What will be trained.
-        images: (N, C, H, W) in [0, 1], N of at least 2; `probe_queries(N)` queries and one more.
+        images: (N, C, H, W) in [0, 1], N of at least 2; costs `probe_queries(N)` queries and one more.
         config: Of the run.
 
     Returns:
-        The victim's names of its classes, in the order of its scores; numbers where it refuses to name them. And what
-        the probe found, the step of finite differences among it.
+        The names of the classes in the order of the scores (numbers if the victim does not name them), and the report.
 
     Raises:
         BudgetExhausted: The budget does not hold the probe.
-        DefenseError: No step is resolved, or the victim answers labels only; with what was measured.
-        InvalidAnswer: The answers are no scores, or the names do not fit them.
-        ServiceError: The victim stayed away.
+        DefenseError: No step is resolved, or the victim answers labels only.
+        InvalidAnswer: The answers are not scores, or the names do not fit them.
+        ServiceError: The victim is unavailable.
     """
     if not client.ready():
         logger.info("the victim does not say that it is ready; asking it all the same, and waiting for it")
@@ -66,14 +63,10 @@ def probe_victim(
 
 
 def recall_victim(victim: MeteredVictim, client: Endpoint, state: dict[str, Any], image: Tensor) -> None:
-    """Goes on with a victim whose answers an interrupted run has probed and noted in its checkpoint's `state`.
+    """Restores what an interrupted run had probed from its checkpoint's `state`, and checks the classes with one query.
 
-    Asks for its classes with `image` (C, H, W), which is one query; none where the budget is spent.
-
-    Raises:
-        UserError: It names other classes now.
-        InvalidAnswer: The names do not fit its scores.
-        ServiceError: The victim stayed away.
+    Nothing is asked if the budget is spent. Raises UserError if the victim names other classes now, else as
+    `probe_victim`.
     """
     labels = state["labels"]
     victim.kind, victim.rounding, victim.num_classes = state["kind"], state["rounding"], len(labels)

@@ -19,16 +19,7 @@ CURVES: Final = "tensorboard"
 
 
 def train(trainer: Trainer, ledger: QueryLedger) -> str:
-    """Trains to the end, and shows how it goes.
-
-    Returns:
-        Why it ended, in words.
-
-    Raises:
-        ServiceError: The victim stayed away.
-        InvalidAnswer: The victim answered nonsense.
-        DefenseError: As `Trainer.fit`.
-    """
+    """Trains to the end with a progress bar and curves; returns why it ended, and raises as `Trainer.fit`."""
     is_first = trainer.team.is_first
     with (
         tqdm(
@@ -70,12 +61,9 @@ def log_end(trainer: Trainer, reason: str) -> None:
 
 @contextmanager
 def _curves(trainer: Trainer, ledger: QueryLedger) -> Iterator[Callable[[float], None]]:
-    """Writes losses and queries by step, and validations by the step that they judge; numbers alone, no images.
+    """Yields a function that draws a step, given its loss: losses, queries and validations.
 
-    A resumed run takes back what was drawn after its checkpoint.
-
-    Yields:
-        To be called after each step with its loss.
+    A resumed run drops what was drawn after its checkpoint.
     """
     if not trainer.team.is_first:
         yield lambda loss: None

@@ -79,16 +79,16 @@ def fit(
     """Learns a sanitizer from a victim's answers, and writes it to `out` beside the run's checkpoint and journal.
 
     Args:
-        config: How; all of its fields are noted in the artifact.
-        victim: The black box: `HTTPVictim`, or a function from images (N,C,H,W) to scores (N,K) or (N,K,H,W), whose
-            classes `FunctionVictim` can name. Every image that it is sent is booked, those too that it is sent again.
-        splits: Training and validation images, whose labels are not looked at.
+        config: How to learn; all of its fields are recorded in the artifact.
+        victim: `HTTPVictim`, or a function from images (N,C,H,W) to scores (N,K) or (N,K,H,W), whose classes
+            `FunctionVictim` can name. Every image sent is booked, including those sent again.
+        splits: Training and validation images; labels are not used.
         out: Folder of the run.
         pretrained: What `pretrain` wrote; None: pre-train first, into `out`/pretrained.
-        resume: Continue the run in `out`, its ledger intact.
-        keep_surrogate: Leave the surrogate, a partial copy of the victim, in `out` after training.
+        resume: Continue the run in `out` with its ledger.
+        keep_surrogate: Keep the surrogate, a partial copy of the victim, in `out` after training.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        team: The processes that do this together.
+        team: The processes that share the work.
 
     Returns:
         The best validated sanitizer.
@@ -96,7 +96,7 @@ def fit(
     Raises:
         UserError: The configuration does not fit the images, the victim, or the run in `out`.
         DefenseError: The victim's noise allows no step, the budget no step, or a gradient was not finite.
-        ServiceError: The victim stayed away, or answered nonsense; the last checkpoint holds.
+        ServiceError: The victim is unavailable or its answers are invalid; the last checkpoint is kept.
     """
     out = Path(out)
     if config.estimator == "exact" and isinstance(victim, HTTPVictim):

@@ -19,14 +19,7 @@ FOLDER_NAME: Final = "surrogate"
 
 
 class Student:
-    """A surrogate, and its place on disk.
-
-    Attributes:
-        surrogate: It.
-        folder: Where its answers are kept.
-        trained: Whether its first long training is done.
-        writes: Whether its place on disk is this one's to change; of several processes, the first one's.
-    """
+    """A surrogate and its files; of several processes only one `writes`. `trained`: its first long training is done."""
 
     def __init__(self, surrogate: Surrogate, run: Path, *, writes: bool = True) -> None:
         self.surrogate = surrogate

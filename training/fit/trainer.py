@@ -34,15 +34,13 @@ class Trainer:
 
     Attributes:
         sanitizer: What is trained; its decoder is frozen.
-        victim: The metered black box, probed already.
-        estimator: How the gradient at the border of the black box is estimated.
+        victim: The metered black box, already probed.
         images: (N, C, H, W) training images, without labels.
         validation_images: (M, C, H, W).
-        config: Of the run.
         folder: Where checkpoints go.
-        run_state: JSON values that belong to the run and that a checkpoint carries along.
-        student: Learns from all answers, for the estimators that use a surrogate; None: there is no surrogate.
-        team: The processes that do this together, each with all of the above; the first one writes.
+        run_state: JSON values of the run, kept in checkpoints.
+        student: Learns from all answers, for estimators with a surrogate.
+        team: The processes that share the work, each with all of the above; the first one writes.
     """
 
     sanitizer: Sanitizer
@@ -79,19 +77,15 @@ class Trainer:
         )
 
     def fit(self, on_step: Callable[[float], None]) -> str:
-        """Trains until the steps are done or the budget holds no further step and its validation.
+        """Trains until the steps are done or the budget holds no further step and its validation; returns why it ended.
 
-        Args:
-            on_step: Called after each step with its mean stability loss.
-
-        Returns:
-            Why it ended, in words.
+        `on_step` is called after each step with its mean stability loss. On errors the last checkpoint is kept.
 
         Raises:
             BudgetExhausted: The budget did not hold a single step.
-            ServiceError: The victim stayed away; the last checkpoint holds.
-            InvalidAnswer: The victim answered nonsense; the last checkpoint holds.
-            DefenseError: A gradient was not finite; the last checkpoint holds.
+            ServiceError: The victim is unavailable.
+            InvalidAnswer: The victim's answer is invalid.
+            DefenseError: A gradient was not finite.
         """
         try:
             if not self.history:
@@ -178,11 +172,7 @@ class Trainer:
         self._validator.targets.known = checkpoint.tensors["validation_targets"]
 
     def _require_budget(self, beforehand: int = 0) -> None:
-        """Ends training while the budget still holds the validation of its last state.
-
-        Args:
-            beforehand: Images that will be asked about before the step.
-        """
+        """Ends training while the budget holds the last validation, after `beforehand` images asked before the step."""
         ledger = self.victim.ledger
         a_step = self.config.batch * (1 + self.estimator.evaluations(self.sanitizer.border_dimension))
         needed = (beforehand + a_step + self._validation_cost) * self.victim.queries_per_image
@@ -197,9 +187,9 @@ class Trainer:
         return self._validator.cost * (2 if self._may_drop_reconstruction else 1)
 
     def _warm_up(self) -> None:
-        """Asks what the surrogate needs to know before the next step, and trains it; goes on where it was killed.
+        """Asks and trains what the surrogate needs before the next step, continuing after a kill.
 
-        A finished run that goes on has forgotten its surrogate, and pays for another.
+        A finished run that continues has forgotten its surrogate, and pays for another.
         """
         if self.student is None or self.student.trained:
             return

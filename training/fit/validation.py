@@ -16,15 +16,14 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found, on noisy images of the validation split.
+    """What a validation found after a step, on noisy images of the validation split.
 
     Attributes:
-        step: After how many steps.
         queries: Spent until then.
-        agreement: Share of images on which the victim's answer, behind the sanitizer, is its answer on the clean one;
-            of masks the mean Dice of the two.
+        agreement: Share of images on which the victim's answer behind the sanitizer equals that on the clean image; of
+            masks the mean Dice of the two.
         loss: Mean stability loss.
-        reconstruction: Whether the images went through the autoencoder.
+        reconstruction: Whether the images passed through the autoencoder.
     """
 
     step: int
@@ -39,17 +38,10 @@ class Validation:
 
 
 class CleanTargets:
-    """The victim's argmax on clean images, each asked for once in a run.
+    """The victim's argmax on clean images (N, C, H, W), each asked for once in a run.
 
-    Args:
-        victim: The metered black box, probed already.
-        images: (N, C, H, W).
-        purpose: Of the queries, in the ledger.
-        device: Where the images are sent from and the targets wanted.
-        on_answers: Called with the images and their scores whenever the victim was asked.
-
-    Attributes:
-        known: (N,) or (N, H, W) int16 on the CPU: the targets, and -1 where the victim was not asked yet.
+    `known` is (N,) or (N, H, W) int16 on the CPU, -1 where the victim was not asked yet. Queries are booked under
+    `purpose`; `on_answers` is called with images and scores after each request.
     """
 
     def __init__(
@@ -91,15 +83,7 @@ class CleanTargets:
 
 
 class Validator:
-    """Measures a sanitizer on noisy validation images, the same noise each time, so that states can be compared.
-
-    Args:
-        victim: The metered black box, probed already.
-        images: (M, C, H, W).
-        sigma: Standard deviation of the noise.
-        seed: Of the noise.
-        device: Where the sanitizer is.
-    """
+    """Measures a sanitizer on noisy validation images (M, C, H, W), with the same noise each time."""
 
     def __init__(self, victim: MeteredVictim, images: Tensor, sigma: float, seed: int, device: torch.device) -> None:
         self.targets = CleanTargets(victim, images, "validation targets", device)
