@@ -17,7 +17,6 @@ class Admission:
     """
 
     def __init__(self, max_images: int) -> None:
-        """Starts idle."""
         self._max_images = max_images
         self._images = 0
 

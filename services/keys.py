@@ -80,7 +80,6 @@ class Keys:
     """The clients that may ask."""
 
     def __init__(self, clients: Iterable[Client]) -> None:
-        """Keeps them."""
         self._clients = tuple(clients)
 
     @classmethod
@@ -117,7 +116,6 @@ class Purses:
     """
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic) -> None:
-        """All are full."""
         self._rate = rate
         self._clock = clock
         self._full_at: dict[str, float] = {}  # when the purse will be full again
@@ -154,7 +152,6 @@ class Access:
     """
 
     def __init__(self, keys: Keys | None, rate: Rate, name_of: Callable[[str | None], str]) -> None:
-        """Has let nobody in yet."""
         self._keys = keys
         self._name_of = name_of
         self._purses = Purses(rate)

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -44,7 +43,6 @@ class Defense:
         metrics: Metrics,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """Opens no connection yet."""
         artifact = version.artifact
         self.number = version.number
         self.manifest = artifact.manifest
@@ -74,11 +72,9 @@ class Defense:
         await self._open.enter_async_context(self.shadow)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         """Gives up shadow queries in work, ends the thread, and closes all connections."""
-        await self._open.__aexit__(kind, error, trace)
+        await self._open.aclose()
 
     @contextmanager
     def in_use(self) -> Iterator[Self]:
@@ -95,7 +91,7 @@ class Defense:
     async def retire(self) -> None:
         """Waits for the requests in work to end, and closes it; no further ones may come."""
         await self._unused.wait()
-        await self.__aexit__(None, None, None)
+        await self._open.aclose()
 
 
 Build = Callable[[Version], Defense]

@@ -81,7 +81,6 @@ class History:
     """
 
     def __init__(self, radius: float, window_s: float) -> None:
-        """Remembers nothing yet."""
         self._radius = radius
         self._window_s = window_s
         self._prints = np.zeros((GROUPS, SIDE * SIDE), np.uint8)  # in steps of 1/255

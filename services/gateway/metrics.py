@@ -27,7 +27,6 @@ class Metrics:
     """Counters and histograms, exported from their own `registry`."""
 
     def __init__(self) -> None:
-        """Starts at zero."""
         self.registry = CollectorRegistry()
         counter = partial(Counter, namespace=PREFIX, registry=self.registry)
         histogram = partial(Histogram, namespace=PREFIX, registry=self.registry)

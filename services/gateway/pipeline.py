@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -76,7 +75,6 @@ class Pipeline:
         metrics: Metrics,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """Opens no connection yet."""
         self._shape = shape
         self._labels = labels
         self._own = own
@@ -116,13 +114,11 @@ class Pipeline:
         await self._raw.__aenter__()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         """Ends the thread, and closes all connections."""
         try:
-            await self._raw.__aexit__(kind, error, trace)
-            await self._batcher.__aexit__(kind, error, trace)
+            await self._raw.__aexit__(None, None, None)
+            await self._batcher.__aexit__(None, None, None)
         finally:
             await self._victim.aclose()
 

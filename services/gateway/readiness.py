@@ -13,7 +13,6 @@ class Readiness:
     """Caches the answer to `ask`, which is never called twice at once; `clock` gives seconds, from any start."""
 
     def __init__(self, ask: Callable[[], Awaitable[bool]], clock: Callable[[], float] = time.monotonic) -> None:
-        """Asks nothing yet."""
         self._ask = ask
         self._clock = clock
         self._answer = False

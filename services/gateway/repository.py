@@ -4,7 +4,7 @@
     defense/1/manifest.json ...        versions: folders numbered from 1; the highest is the newest
     defense/2/manifest.json ...
 
-A version that is still being copied is refused, as its hashes do not match; `training.zo_fit` writes the manifest last.
+An incompletely copied version is refused, as hashes do not match; `training.zo_fit` writes the manifest last.
 """
 
 import re
@@ -38,7 +38,6 @@ class Repository:
     """The versions in `path`, an artifact's folder or one of numbered versions. Methods read the disk each time."""
 
     def __init__(self, path: Path) -> None:
-        """Reads nothing yet."""
         self._path = path
 
     def numbers(self) -> tuple[str, ...]:

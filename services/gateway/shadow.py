@@ -9,7 +9,6 @@ import asyncio
 import logging
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Final, Self
 
 import anyio.to_thread
@@ -38,7 +37,6 @@ class Shadow:
     """
 
     def __init__(self, forward: Forward, *, max_images: int, least_dice: float) -> None:
-        """Watches nothing yet."""
         self._forward = forward
         self._admission = Admission(max_images)
         self._least_dice = least_dice
@@ -48,9 +46,7 @@ class Shadow:
         """Nothing to prepare."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         """Gives up what is in work."""
         for task in self._tasks:
             task.cancel()

@@ -39,7 +39,6 @@ class Gateway:
         repository: Repository | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """Opens no connection yet."""
         self.settings = settings
         self.accounts = Accounts(Budget(settings.budget, settings.budget_window_s))
         self.images = Admission(settings.max_queue)

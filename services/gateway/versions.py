@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import anyio.to_thread
@@ -53,7 +52,6 @@ class Versions:
     def __init__(
         self, first: Version, build: Build, repository: Repository | None, settings: GatewaySettings, own: Account
     ) -> None:
-        """Opens no connection yet."""
         self.current = build(first)
         self._build = build
         self._repository = repository
@@ -69,14 +67,12 @@ class Versions:
         await self.current.__aenter__()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_raised: object) -> None:
         """Closes all versions."""
         await asyncio.gather(*self._retiring)
         for one in (self.current, self._before):
             if one is not None:
-                await one.__aexit__(kind, error, trace)
+                await one.__aexit__(None, None, None)
 
     def numbers(self) -> tuple[str, ...]:
         """The versions that could be loaded, ascending, as the disk has them now."""
@@ -197,7 +193,7 @@ def _stored_images(folder: Path | None, shape: tuple[int, int, int]) -> Array | 
 
 @contextmanager
 def reloading_on_hangup(versions: Versions) -> Iterator[None]:
-    """Loads the newest version on SIGHUP while the context lasts; off the main thread, does nothing."""
+    """Loads the newest version on SIGHUP while the context lasts, where the signal can be handled."""
     loop = asyncio.get_running_loop()
     loads: set[asyncio.Task[None]] = set()
 

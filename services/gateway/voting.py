@@ -34,7 +34,6 @@ class Voter:
     """
 
     def __init__(self, ask: Callable[[Array, Bill], Awaitable[Array]], *, chunk: int) -> None:
-        """Counts nothing yet."""
         self._ask = ask
         self._chunk = chunk
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE)
