@@ -9,12 +9,7 @@ RETRY_AFTER_S = 1.0
 
 
 class Admission:
-    """Bounds the work that a service has accepted and not finished, counted in images.
-
-    Args:
-        max_images: the bound. A request beyond it is refused, but never on its own account: an idle service takes a
-            request of any size.
-    """
+    """Bounds the accepted, unfinished work in images; an idle service takes a request of any size."""
 
     def __init__(self, max_images: int) -> None:
         self._max_images = max_images

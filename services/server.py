@@ -1,4 +1,4 @@
-"""What both services do around their applications: settings from flags and environment, and serving."""
+"""What both services share: settings from flags and environment, and serving."""
 
 import ipaddress
 import signal
@@ -113,7 +113,7 @@ def read_settings(kind: type[_Settings], argv: Sequence[str] | None, prog: str |
 
 
 def prepare(settings: ServiceSettings) -> None:
-    """Sets up what is global to the process: logging and threads."""
+    """Sets up the process's logging and threads."""
     set_up(settings.log_level, settings.log_format)
     if settings.threads:
         torch.set_num_threads(settings.threads)

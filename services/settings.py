@@ -34,7 +34,7 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 class _Replaced:
-    """Marks a list of which the last flag counts, not all of them together."""
+    """Marks a list flag whose last occurrence counts, instead of all together."""
 
 
 Commas = Annotated[tuple[T, ...], NoDecode, _Replaced, BeforeValidator(_split), AfterValidator(_distinct)]
@@ -109,12 +109,12 @@ def explained(error: ValidationError, env_prefix: object = None) -> list[str]:
 
 
 def _joined(where: str, messages: Sequence[str]) -> Iterable[str]:
-    """Of a flag with several types each says what is wrong; that is one line."""
+    """Joins the messages about a flag's several types into one line."""
     return [", or ".join(dict.fromkeys(messages))] if where else messages
 
 
 class _Flags:
-    """Adds a model's fields to an argparse parser, with help for people, grouped by the class that declares them."""
+    """Adds a model's fields to an argparse parser, grouped by the class that declares them."""
 
     def __init__(self, kind: type[BaseModel]) -> None:
         self._kind = kind
@@ -140,7 +140,7 @@ class _Flags:
         return self._group(parser, name).add_argument(*flags, **options)
 
     def _group(self, parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser | argparse._ArgumentGroup:
-        """The group of the mixin that declares the field; what the model itself declares is in none."""
+        """The group of the mixin that declares the field; the model's own fields are in none."""
         bases = self._kind.__mro__[1:]
         owner = next((base for base in reversed(bases) if name in getattr(base, "model_fields", ())), None)
         title = "" if owner is None else (owner.__doc__ or "").partition("\n")[0].rstrip(".")
@@ -152,7 +152,7 @@ class _Flags:
 
 
 def _help(field: FieldInfo) -> str:
-    """What the field says of itself, and its default, unless that is none or a switch."""
+    """The field's description and its default, unless that is none or a switch."""
     about, default = field.description or "", field.default
     if isinstance(default, bool) or default in (None, ()) or field.is_required():
         return about

@@ -61,10 +61,9 @@ class Upstream:
     """Who is asked about computed batches.
 
     Attributes:
-        ask: maps a batch (n,...) to an array of n rows; told whose images they are, and whether they are sent again
-            because a batch with them was refused.
+        ask: maps a batch (n,...) to n rows, given the requests' shares and whether it is a retry of refused images.
         width: how many batches may be under way, at least 1; asked before each.
-        together: whether images of several requests may share a batch; else each request's are asked about apart.
+        together: whether a batch may mix the images of several requests.
     """
 
     ask: Callable[[Array, Sequence[Share], bool], Awaitable[Array]]

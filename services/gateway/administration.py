@@ -35,7 +35,7 @@ class LoadRequest(BaseModel):
 
 
 def operators_only(token: SecretStr) -> params.Depends:
-    """What a path depends on that is for who carries the admin token alone."""
+    """A dependency that requires the admin token."""
 
     def authorized(authorization: Annotated[str | None, Header()] = None) -> None:
         expected = f"Bearer {token.get_secret_value()}"
@@ -47,7 +47,7 @@ def operators_only(token: SecretStr) -> params.Depends:
 
 
 def usage_api(gateway: Gateway) -> APIRouter:
-    """The path to what every client has spent; for the operator alone where there is a token."""
+    """The path to every client's spending; it requires the admin token if there is one."""
     token = gateway.settings.admin_token
     router = APIRouter(dependencies=[operators_only(token)] if token else [])
 
@@ -60,7 +60,7 @@ def usage_api(gateway: Gateway) -> APIRouter:
 
 
 def repository_api(gateway: Gateway, token: SecretStr) -> APIRouter:
-    """The paths below /v2/repository, for requests that carry the token."""
+    """The paths below /v2/repository, which require the token."""
     router = APIRouter(prefix="/v2/repository", dependencies=[operators_only(token)])
     versions, model_name, check_model = gateway.versions, gateway.settings.model_name, gateway.check_model
 

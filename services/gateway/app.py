@@ -1,6 +1,6 @@
 """The gateway's application: it sends only sanitized images to the victim, and answers only from those.
 
-The opt-in exception is `services.gateway.shadow`, which also sends raw images; their answers stay here.
+Opt-in exceptions send raw images: shadow queries and self-tests, whose answers stay here, and the page's comparison.
 """
 
 from collections.abc import AsyncIterator
@@ -26,13 +26,9 @@ def make_gateway(
     repository: Repository | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> FastAPI:
-    """The application around a sanitizer.
+    """The application around a sanitizer, `version`; without a repository, no other versions can be loaded.
 
-    Args:
-        version: the artifact to begin with.
-        settings: the service's settings.
-        repository: where other versions are loaded from; None: nowhere.
-        transport: replaces the network to the victim in tests.
+    `transport` replaces the network to the victim in tests.
 
     Raises:
         ServiceError: the settings are invalid: URL, mapping, device, modes, or the self-test images.
@@ -63,11 +59,6 @@ def make_gateway(
 
 
 def load_gateway(settings: GatewaySettings) -> FastAPI:
-    """The application around the artifact in the settings.
-
-    Raises:
-        ArtifactError: there is no artifact, or it cannot be loaded.
-        ServiceError: as `make_gateway`.
-    """
+    """The application around the artifact in the settings. Raises ArtifactError, and as `make_gateway`."""
     repository = Repository(settings.artifact)
     return make_gateway(repository.load(settings.artifact_version), settings, repository=repository)

@@ -141,5 +141,5 @@ class GatewaySettings(ServiceSettings):
     @field_validator("victim_url", "modes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        """Flags and variables arrive as one string."""
+        """Splits flags and variables, which are single strings."""
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

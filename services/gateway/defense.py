@@ -1,4 +1,4 @@
-"""One version of the sanitizer at work: everything of the gateway that is made anew when the version changes."""
+"""One version of the sanitizer at work: the parts that are replaced when the version changes."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -73,12 +73,12 @@ class Defense:
         return self
 
     async def __aexit__(self, *_raised: object) -> None:
-        """Gives up shadow queries in work, ends the thread, and closes all connections."""
+        """Cancels shadow queries, ends the thread, and closes all connections."""
         await self._open.aclose()
 
     @contextmanager
     def in_use(self) -> Iterator[Self]:
-        """A request that began with this version ends with it."""
+        """Keeps this version alive for a request."""
         self._users += 1
         self._unused.clear()
         try:
@@ -89,7 +89,7 @@ class Defense:
                 self._unused.set()
 
     async def retire(self) -> None:
-        """Waits for the requests in work to end, and closes it; no further ones may come."""
+        """Waits for the requests in work to end, then closes the version; no further ones may come."""
         await self._unused.wait()
         await self._open.aclose()
 

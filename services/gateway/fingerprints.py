@@ -58,7 +58,7 @@ def fingerprints(images: Array) -> Fingerprints:
 
 @lru_cache(maxsize=64)
 def _pooling(size: int) -> npt.NDArray[np.float32]:
-    """(SIDE, size): row i is the mean over what pixel i of SIDE covers, at least one of `size` pixels."""
+    """(SIDE, size): row i averages the pixels, at least one, that pixel i of SIDE covers."""
     matrix = np.zeros((SIDE, size), np.float32)
     for place in range(SIDE):
         begin, end = place * size // SIDE, -(-(place + 1) * size // SIDE)
@@ -67,7 +67,7 @@ def _pooling(size: int) -> npt.NDArray[np.float32]:
 
 
 def digests(images: Array) -> Digests:
-    """What tells images (N,C,H,W) apart to the last bit: (N,)."""
+    """Hashes (N,) that tell images (N,C,H,W) apart bit for bit."""
     hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
     return np.array([int.from_bytes(one) for one in hashes], np.uint64)
 
@@ -92,7 +92,7 @@ class History:
         self._next_repeat = 0
 
     def meet(self, fingerprint: Fingerprints, digest: np.uint64, now: float) -> Meeting:
-        """Remembers an image by its `fingerprints` and `digests`, at `now` in seconds, and says whom it met."""
+        """Records an image by its fingerprint and digest at `now`, in seconds."""
         group = self._group(np.round(fingerprint * 255), now)
         is_new = not (self._repeats == digest).any()
         if is_new:
@@ -102,7 +102,7 @@ class History:
         return Meeting(int(self._counts[group]), is_new, float(self._since[group]) + self._window_s - now)
 
     def _group(self, coarse: Fingerprints, now: float) -> int:
-        """The group that a fingerprint in steps of 1/255 belongs to, made if need be."""
+        """The group of a fingerprint in steps of 1/255, made if need be."""
         known = self._met > -np.inf
         # |p - c|^2 = |p|^2 - 2 p.c + |c|^2. Exact: a product of two prints is a whole number below 2^24.
         square = float(coarse @ coarse)

@@ -1,4 +1,4 @@
-"""What the gateway says of itself: the server, its health, and the model, by the Open Inference Protocol."""
+"""Server, health and model metadata, by the Open Inference Protocol."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse

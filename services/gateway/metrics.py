@@ -48,7 +48,7 @@ class Metrics:
         self.registry.register(_Elsewhere(accounts, queues, version))
 
     def sanitizing(self, run: Callable[[Array], Array]) -> Callable[[Array], Array]:
-        """The function of the batcher, counted and timed; called in its thread."""
+        """Wraps the batcher's function to count and time its batches."""
 
         def timed(images: Array) -> Array:
             self._batch.observe(len(images))
@@ -97,7 +97,7 @@ class Metrics:
 
 
 class _Elsewhere(Collector):
-    """What other parts of the gateway count, read when it is asked for."""
+    """Exports what other parts of the gateway count."""
 
     def __init__(
         self, accounts: Accounts, queues: dict[str, Admission], version: Callable[[], tuple[str, str]]

@@ -1,4 +1,4 @@
-"""The way of an image through the gateway: sanitized, forwarded, and the victim's scores back."""
+"""An image's way through the gateway: sanitized, forwarded, and the victim's scores back."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -123,7 +123,7 @@ class Pipeline:
             await self._victim.aclose()
 
     async def sanitize(self, images: Array) -> Array:
-        """The sanitized images (N,C,H,W), which go nowhere."""
+        """The sanitized images (N,C,H,W), without asking the victim."""
         return await self._batcher.compute(images)
 
     async def ask(self, images: Array, payer: Payer) -> Array:
@@ -134,7 +134,7 @@ class Pipeline:
         return self._checked(await self._batcher(images, payer))
 
     async def forward(self, images: Array, payer: Payer) -> Array:
-        """The victim's scores for images as they are; otherwise as `ask`."""
+        """The victim's scores for raw images; otherwise as `ask`."""
         return self._checked(await self._raw(images, payer))
 
     def _checked(self, scores: Array) -> Array:
@@ -146,11 +146,11 @@ class Pipeline:
         return scores
 
     def _width(self) -> int:
-        """Requests under way: at each replica one that it works on and one that waits, or images where each is one."""
+        """How many requests to have under way: two for each replica, or `in_flight` where each image is a request."""
         return min(self._in_flight, 2 * self._victim.replicas) if self._takes_many else self._in_flight
 
     async def _ask(self, images: Array, shares: Sequence[Share], again: bool) -> Array:
-        """Asks the victim about one batch; what is asked again is on the gateway's own account."""
+        """Asks the victim about one batch; repeated queries are charged to the gateway's own account."""
         if again:
             self._own.spend("resent", len(images))
         else:
@@ -204,7 +204,7 @@ class Pipeline:
 
 @contextmanager
 def _retold() -> Iterator[None]:
-    """Turns the victim's failures into what clients are told of them."""
+    """Turns the victim's failures into those that clients are told."""
     try:
         yield
     except ServiceError as error:
@@ -214,7 +214,7 @@ def _retold() -> Iterator[None]:
 
 
 def _sanitizing(runtime: Runtime) -> Callable[[Array], Array]:
-    """The function (n,C,H,W) -> (n,C,H,W) that the batcher runs; refuses to return anything that is no image."""
+    """The batcher's function, (n,C,H,W) to the same; it refuses to return values outside [0,1]."""
 
     @torch.inference_mode()
     def run(images: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A request for a prediction, from its headers to its answer; and the paths where it is sent."""
+"""Prediction requests, from headers to answer, and their paths."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from services.protocol.responses import respond
 
 
 def prediction_api(gateway: Gateway) -> APIRouter:
-    """The paths that predictions are asked for at."""
+    """The paths for predictions."""
     router = APIRouter()
 
     @router.post("/predict", responses=PREDICT_RESPONSES, openapi_extra=REQUEST)
@@ -77,7 +77,7 @@ async def _quote(gateway: Gateway, client: Client, defense: Defense, plan: Plan,
 async def _answer(
     gateway: Gateway, client: Client, defense: Defense, plan: Plan, queue: Admission, parsed: PredictRequest
 ) -> Response:
-    """Admits the images, has them sanitized, asked about and perhaps voted on, and answers with the evidence."""
+    """Admits the images, has them sanitized and answered or voted on, and responds with the evidence."""
     images = len(parsed.images)
     queue.check(plan.queries(images))  # before anything is looked at
     gateway.access.take(client, images)

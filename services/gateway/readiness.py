@@ -1,4 +1,4 @@
-"""Whether the victim is ready, asked rarely: however many probes and balancers ask us, it is not asked along."""
+"""Whether the victim is ready, cached so that frequent health checks do not reach it."""
 
 import asyncio
 import time

@@ -69,7 +69,7 @@ class Repository:
 
 
 def probes(shape: tuple[int, int, int]) -> Array:
-    """Four images (4,C,H,W) in [0,1] that anybody may have: black, grey, a slope, and noise that is always the same."""
+    """Four synthetic images (4,C,H,W) in [0,1]: black, grey, a gradient, and fixed noise."""
     slope = np.linspace(0, 1, shape[-1], dtype=np.float32)
     noise = np.random.default_rng(0).random(shape, np.float32)
     flat = [np.full(shape, level, np.float32) for level in (0.0, 0.5)]

@@ -1,4 +1,4 @@
-"""What a request may ask for beside its images, and what it may be answered, for the code and the OpenAPI document."""
+"""What a request may ask for beside its images, and its possible answers, for the code and the OpenAPI document."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Final

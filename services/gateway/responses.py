@@ -117,7 +117,7 @@ def _tensors(request: PredictRequest, verdict: Verdict) -> dict[str, npt.NDArray
 
 
 def _rounded_down(values: npt.NDArray[np.float64]) -> Array:
-    """The largest float32 that are not above the values: nothing is claimed by rounding."""
+    """The largest float32 values not above the given ones, so that rounding never inflates a claim."""
     near = values.astype(np.float32)
     below: Array = np.where(near > values, np.nextafter(near, np.float32(-np.inf)), near)
     return below
@@ -126,7 +126,7 @@ def _rounded_down(values: npt.NDArray[np.float64]) -> Array:
 def _of_mask(
     request: PredictRequest, verdict: Verdict, evidence: Evidence, signature: Signature, certified: Mapping[str, Any]
 ) -> Response:
-    """A mask at the size of the image, abstentions in a grey that stands for no class, and these alone as a mask."""
+    """A mask at the image's size, with abstentions in a grey of no class, and a second mask of only the abstentions."""
     assert request.size is not None  # it came as an image
     labels = verdict.labels[0]
     classes = nearest(labels.clip(0).astype(np.uint8), request.size)

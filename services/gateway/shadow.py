@@ -47,7 +47,7 @@ class Shadow:
         return self
 
     async def __aexit__(self, *_raised: object) -> None:
-        """Gives up what is in work."""
+        """Cancels unfinished comparisons."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

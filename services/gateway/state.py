@@ -1,4 +1,4 @@
-"""What a running gateway has: everything that its handlers share."""
+"""The parts of a running gateway, shared by its handlers."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

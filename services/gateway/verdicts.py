@@ -1,4 +1,4 @@
-"""From votes to what may be said: the answer or an abstention, and how far it holds."""
+"""From votes to an answer or an abstention, and how far it holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -164,7 +164,7 @@ class Versions:
 
 
 def _check_alike(candidate: Defense, current: Defense) -> None:
-    """Clients go on as they did: the same images in, the same classes out."""
+    """Refuses a version that takes other images or answers other classes."""
     if candidate.shape != current.shape:
         raise Conflict(
             f"version {candidate.number} takes images {candidate.shape} (channels, height, width), and those of "

@@ -66,7 +66,7 @@ class Voter:
 
 
 def _noisy(images: Array, which: npt.NDArray[np.int64], sigma: float, noise: np.random.Generator) -> Array:
-    """A copy of each image (C,H,W) named, with noise of its own."""
+    """One noisy copy of each image (C,H,W) in `which`."""
     copies = noise.standard_normal((len(which), *images.shape[1:]), dtype=np.float32)
     copies *= np.float32(sigma)
     copies += images[which]
@@ -74,7 +74,7 @@ def _noisy(images: Array, which: npt.NDArray[np.int64], sigma: float, noise: np.
 
 
 def _counted(scores: Array, boxes: npt.NDArray[np.int64]) -> Tensor:
-    """The votes of scores (n,K) or (n,K,H,W), by box from the first of them on, which are in ascending order."""
+    """The votes of scores (n,K) or (n,K,H,W) for each distinct box in `boxes`, which ascends."""
     tensor = torch.from_numpy(scores)
     try:
         return torch.stack([count_votes(one) for one in tensor.split(np.unique(boxes, return_counts=True)[1].tolist())])

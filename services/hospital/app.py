@@ -1,4 +1,4 @@
-"""The hospital's application: two kinds of path, and 404 for the rest."""
+"""The hospital's application: predictions and health, and 404 for the rest."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -59,7 +59,7 @@ class VictimConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_depth(cls, fields: Any) -> Any:
-        """Puts in the depth that depends on the task."""
+        """Fills in the task's default depth."""
         if isinstance(fields, dict) and fields.get("task", "classification") == "classification":
             return {"depth": "vgg11", **fields}
         return fields

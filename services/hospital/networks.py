@@ -65,19 +65,11 @@ def classifier(channels: int, classes: int, *, width: float, depth: Depth) -> nn
 
 
 def segmenter(channels: int, classes: int, *, width: float) -> nn.Module:
-    """Builds an untrained U-Net: MONAI's BasicUNet (Falk et al., Nature Methods 16, 2019), with batch normalisation.
+    """Builds an untrained U-Net: images (N,C,H,W) float32 in [0,1] to logits (N,K,H,W); 0 for the first of two classes.
 
-    Args:
-        channels: Planes of the images, 1 or 3.
-        classes: K.
-        width: Factor on its channel counts (64 to 256), rounded to multiples of 8; 0.25 gives 305 thousand parameters.
-
-    Returns:
-        A module that maps images (N,C,H,W) float32 in [0,1], H and W multiples of 16 and at least 32, to logits
-        (N,K,H,W). Of two classes, the first one's are zero.
-
-    Raises:
-        ServiceError: MONAI is not installed.
+    MONAI's BasicUNet (Falk et al., Nature Methods 16, 2019) with batch normalisation. H and W are multiples of 16, at
+    least 32. `width` is the factor on its channel counts (64 to 256), rounded to multiples of 8; 0.25 gives 305
+    thousand parameters. Raises ServiceError if MONAI is not installed.
     """
     try:
         from monai.networks.nets import BasicUNet  # takes seconds, which a classifier's hospital need not wait
@@ -93,7 +85,7 @@ def segmenter(channels: int, classes: int, *, width: float) -> nn.Module:
 def folded(model: nn.Module) -> nn.Module:
     """Folds batch normalisations into their convolutions, in place; the function stays the same up to rounding.
 
-    In both networks, in evaluation mode, what is registered after a convolution is what its output goes to.
+    Assumes that the module registered after a convolution is the one that it feeds, as in both networks.
     """
     leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
     for (conv_name, conv), (norm_name, norm) in pairwise(leaves):
