@@ -24,11 +24,7 @@ class ProcessFailed(UserError):  # noqa: N818 - says what happened
 
 
 def run_verb(module: str, arguments: Sequence[str], log: Path) -> None:
-    """Runs `python -m module arguments` to its end, its output to the terminal and its command to the log.
-
-    Raises:
-        ProcessFailed: It ended with another code than 0.
-    """
+    """Runs `python -m module arguments`, output to the terminal and the command to the log; raises ProcessFailed."""
     command = [sys.executable, "-m", module, *arguments]
     printable = " ".join(["python", *command[1:]])
     logger.info("$ %s", printable)
@@ -42,15 +38,12 @@ def run_verb(module: str, arguments: Sequence[str], log: Path) -> None:
 
 @contextmanager
 def service(module: str, arguments: Sequence[str], log: Path) -> Iterator[str]:
-    """Runs a service on a free port of this machine for as long as the context lasts.
+    """Runs a service on a free port of this machine within the context; yields its URL once it listens.
 
     Args:
         module: "services.hospital" or "services.gateway".
         arguments: Its flags, without host and port.
         log: Its errors go there.
-
-    Yields:
-        The service's URL, once it listens.
 
     Raises:
         ProcessFailed: It ended, or did not listen within `START_TIMEOUT_S`.

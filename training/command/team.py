@@ -1,8 +1,8 @@
 """Several processes at one run, as `torchrun` starts them.
 
-All of them hold the same state and take the same decisions, in step; what is shared out among them is the work on a
-batch: images are encoded and back-propagated by shares (data parallelism), and so are they sent to the victim. The
-result is that of one process up to rounding, whatever the estimator, and every process's ledger is that of the run.
+All hold the same state and take the same decisions in step; they share the work on a batch: encoding,
+back-propagation (data parallelism) and sending images to the victim. The result is that of one process up to rounding,
+and every process's ledger is that of the run.
 """
 
 import logging
@@ -33,13 +33,7 @@ class TeamBroken(UserError):  # noqa: N818 - says what happened
 
 
 class Team:
-    """The processes of a run; of one process, where it was not started by `torchrun`.
-
-    Args:
-        rank: Which one this is, from 0.
-        size: How many there are.
-        objects: The group in which objects are exchanged; None: there is one process.
-    """
+    """The processes of a run: the rank of this one from 0, their number, and their group (None for one process)."""
 
     def __init__(self, rank: int = 0, size: int = 1, objects: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
@@ -62,11 +56,7 @@ class Team:
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def all(self, value: T) -> list[T]:
-        """Every process's value, in the order of their ranks.
-
-        Raises:
-            TeamBroken: Another process is gone.
-        """
+        """Every process's value, in the order of ranks; TeamBroken if another process is gone."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -75,11 +65,9 @@ class Team:
         return values
 
     def told(self, say: Callable[[], T]) -> T:
-        """What the first process finds out, in all of them.
+        """What `say` returns in the first process, in all of them.
 
-        Raises:
-            Exception: Whatever `say` raised, in the first process.
-            TeamBroken: It failed or is gone, in the others.
+        Raises what `say` raised in the first process, and TeamBroken in the others if it failed or is gone.
         """
         found, failed = None, None
         if self.is_first:
@@ -128,9 +116,9 @@ ALONE: Final = Team()
 
 @contextmanager
 def joined() -> Iterator[Team]:
-    """The team that `torchrun` started this process in; `ALONE` without it.
+    """The team that `torchrun` started this process in, by NCCL with CUDA, else Gloo; `ALONE` without it.
 
-    The backend is NCCL where there is CUDA, else Gloo. Processes other than the first log warnings alone.
+    Processes other than the first log warnings only.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -166,11 +154,8 @@ def _told() -> Iterator[None]:
 def shared(victim: Endpoint, team: Team, on_resend: Callable[[int], None]) -> Iterator[Endpoint]:
     """The victim, or in a team the `SharedEndpoint` around it.
 
-    Args:
-        victim: This process's own.
-        team: The processes.
-        on_resend: Called with the images that are about to be sent again over HTTP, as long as the context lasts; in a
-            team after they were answered, in every process with those of all.
+    `on_resend` is called with the number of images about to be sent again over HTTP; in a team after they were
+    answered, in every process, with the sum over all.
     """
     asked, told = victim, on_resend
     if team.size > 1:
@@ -187,17 +172,10 @@ def shared(victim: Endpoint, team: Team, on_resend: Callable[[int], None]) -> It
 
 
 class SharedEndpoint:
-    """An endpoint that every process of a team asks about its share of the images; all get all answers.
+    """An endpoint of which every process of a team asks its share of the images; all get all answers.
 
-    Calls are collective: every process has to make them, with the same images. Questions that take one request are
-    asked by the first process alone.
-
-    Args:
-        team: The processes.
-        on_resend: See `shared`.
-
-    Attributes:
-        inner: This process's own client; to be set before the first call.
+    Calls are collective: every process must make them, with the same images. Single requests are made by the first
+    process. `inner` is this process's own client, to be set before the first call.
     """
 
     inner: Endpoint
@@ -214,7 +192,7 @@ class SharedEndpoint:
         """(N,C,H,W) float32 -> (N,K) or (N,K,H,W) float32 scores.
 
         Raises:
-            ServiceError: The victim failed for this process; `Unavailable` where it failed for another one.
+            ServiceError: The victim failed for this process; `Unavailable` if it failed for another one.
             TeamBroken: Another process is gone.
         """
         self._team.all(None)  # nobody sends before the first process has written down that it will be sent

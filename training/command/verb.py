@@ -19,19 +19,16 @@ C = TypeVar("C", bound=Config)
 
 
 def run(body: Callable[[C], int], kind: type[C], argv: Sequence[str] | None, *, prog: str) -> int:
-    """Reads a verb's configuration from its flags and runs it, turning known errors into one line on stderr.
+    """Reads a verb's configuration from its flags and runs it; known errors become one line on stderr.
 
     Args:
-        body: The verb; takes the configuration and returns the exit code.
+        body: Takes the configuration and returns the exit code.
         kind: The configuration; its docstring says what the verb does.
-        argv: The arguments, without the program's name; `sys.argv[1:]` when None.
+        argv: The arguments; `sys.argv[1:]` if None.
         prog: The program's name, such as "python -m training.certify".
 
     Returns:
         The body's exit code; 2 after a known error; 130 after Ctrl-C.
-
-    Raises:
-        SystemExit: As `services.settings.read`.
     """
     config = read(kind, argv, prog=prog)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")

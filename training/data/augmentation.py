@@ -25,8 +25,7 @@ _FRAME_DRAWS: Final = 8  # random numbers a frame, besides one a colour
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Varies images (N,C,H,W) in [0,1] as between two scanners: flip, rotation, scale, shift and contrast.
 
-    Each image varies by itself. Where the new frame shows what the old one did not, it is black. The generator is on
-    the CPU.
+    What the old frame does not show is black. The generator is on the CPU.
     """
     draws = _draws(6, len(images), generator).to(images.device)
     grid = _grid(images, draws[0] * _MAX_ANGLE, 1 + draws[1] * _MAX_SCALE, draws[2], draws[3:5] * _MAX_SHIFT)
@@ -35,9 +34,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment_frames(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Varies pose and light as between two endoscopes: any of the square's eight symmetries, and small changes.
+    """Varies pose and light as between two endoscopes: one of the square's eight symmetries, and small changes.
 
-    Small are rotation, scale, shift, contrast about the image's mean, brightness and tint. The generator is on the CPU.
+    These are rotation, scale, shift, contrast about the mean, brightness and tint. The generator is on the CPU.
 
     Args:
         images: (N,C,S,S) in [0,1].
@@ -45,7 +44,7 @@ def augment_frames(images: Tensor, masks: Tensor, generator: torch.Generator) ->
         generator: Source of randomness.
 
     Returns:
-        Images and masks of the same pose: black, and of class 0, where the new frame shows what the old one did not.
+        Images and masks in the same pose; black and class 0 where the old frame shows nothing.
     """
     count, channels = images.shape[:2]
     draws = _draws(_FRAME_DRAWS + channels, count, generator).to(images.device)
@@ -73,8 +72,8 @@ def _draws(kinds: int, count: int, generator: torch.Generator) -> Tensor:
 def _grid(images: Tensor, angle: Tensor, scale: Tensor, side: Tensor, shift: Tensor) -> Tensor:
     """Where each pixel of the new frame is in the old one, (N,H,W,2), for `grid_sample`.
 
-    `angle` (N,) is in radians, `scale` (N,) how much wider the new frame is, `side` (N,) negative where it is mirrored,
-    `shift` (2,N) to the right and downwards in halves of the side; of the images only the shape counts.
+    `angle` (N,) in radians; `scale` (N,) of the new frame's width; `side` (N,) negative to mirror; `shift` (2,N) right
+    and down, in halves of the side.
     """
     flip = torch.where(side < 0, -1.0, 1.0)
     cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale

@@ -1,18 +1,17 @@
-"""Images with the truth about them, read from folders or made up, in splits that no near-duplicate crosses.
+"""Labelled images from folders or procedural, in splits that no near-duplicate crosses.
 
-Layouts: `Training/<class>/*` with `Testing/<class>/*`, or one folder a class, to classify; `images/*` with `masks/*`
-to segment; PNG and JPEG. `phantom` names the procedural sets of `training.data.phantoms`.
+Layouts (PNG and JPEG): `Training/<class>/*` with `Testing/<class>/*`, or one folder a class, to classify; `images/*`
+with `masks/*` to segment. `phantom` names the procedural sets of `training.data.phantoms`.
 
-How the splits are made, by groups of near-duplicates (`training.data.duplicates`; lists beside the images are not
-read):
+Splits are made by groups of near-duplicates (`training.data.duplicates`):
 
-- Groups go 70 : 10 : 20 to training, validation and test, class by class, or apart for small and other lesions. A
+- Groups go 70 : 10 : 20 to training, validation and test, stratified by class, or by small and other lesions. A
   `Testing` folder is pooled with the rest.
-- With `published_test`, a `Testing` folder is the test split, all of it; training images whose group touches it are
-  dropped, and validation is a tenth of the others. On the brain tumour MRI set that leaves a test set of other sources
-  than the training images (whole sources are near-duplicates of its test images, and go), so it is not the default.
-- A group whose images disagree about the label is dropped, because one of the labels is wrong and nobody knows which;
-  only with `published_test` does `Testing` keep its images and labels as they were published. Masks are not compared.
+- With `published_test`, the `Testing` folder is the test split; training images whose group touches it are dropped,
+  and validation is a tenth of the others. On the brain tumour MRI set whole sources are near-duplicates of test images
+  and are dropped, so that the test set has other sources than training: it is not the default.
+- A group whose images disagree about the label is dropped, as nobody knows which label is wrong; with
+  `published_test`, `Testing` keeps its images and labels as published. Masks are not compared.
 """
 
 import hashlib
@@ -52,7 +51,7 @@ class ImageSet:
 
     Attributes:
         images: (N,C,H,W) float32 in [0,1].
-        labels: (N,) int64 classes, or (N,H,W) int64 masks: the class of every pixel, 0 for the background.
+        labels: (N,) int64 classes, or (N,H,W) int64 masks, 0 for the background.
         names: Where each image came from.
     """
 
@@ -77,11 +76,8 @@ class Splits:
     Attributes:
         name: The folder's name, or "phantom".
         labels: Class names, in the order of the label numbers.
-        train: What is learned from.
-        validation: What models are selected by.
-        test: What is reported.
-        fingerprint: SHA-256 of the content (every file's name and bytes, masks included; of a phantom set, its pixels)
-            and of which image is in which split.
+        fingerprint: SHA-256 of the content (file names and bytes, masks included; of phantoms, pixels) and of which
+            image is in which split.
     """
 
     name: str
@@ -98,21 +94,16 @@ class Splits:
 
 
 def settled(config: D) -> D:
-    """The same with --task and --channels, where they are left to the data, so that what is recorded says them.
+    """Fills in --task and --channels where they are left to the data, so that they are recorded.
 
-    Raises:
-        UserError: The folder is missing, or its layout contradicts --task.
+    Raises UserError if the folder is missing or its layout contradicts --task.
     """
     task = _task(config.data, config.task)
     return config.model_copy(update={"task": task, "channels": config.channels or _CHANNELS[task]})
 
 
 def load_data(config: DataConfig) -> Splits:
-    """The splits that a configuration names; a process that asks again gets the same ones.
-
-    Raises:
-        UserError: As `load_splits`.
-    """
+    """The splits of a configuration, cached within the process; raises as `load_splits`."""
     config = settled(config)
     return _loaded(
         config.data,
@@ -133,11 +124,11 @@ def load_splits(
     seed: int = 0,
     published_test: bool = False,
 ) -> Splits:
-    """Loads a data set in splits that are free of leaks; the same arguments and content always give the same ones.
+    """Loads a data set in leak-free splits; the same arguments and content always give the same ones.
 
     Args:
         data: A folder in one of the layouts above, or "phantom".
-        task: None: what the folder's layout tells, and classification for phantoms.
+        task: None: by the folder's layout; classification for phantoms.
         size: Height and width in pixels.
         channels: 1 for grey, 3 for RGB; None: 1 to classify, 3 to segment.
         seed: Which groups go where, and which phantoms are drawn.

@@ -1,13 +1,12 @@
 """Near-duplicate groups of any set of images: what must not cross a split.
 
-Public image sets hold the same picture several times: stored twice, re-encoded, or with another brightness or contrast.
-Two images are near-duplicates when their thumbnails (grey, 32 x 32, each pixel the mean of its box, so that a
-re-encoding leaves no trace) have a Pearson correlation above 0.999. The correlation does not see brightness and
-contrast; the grid of 1024 numbers still sees a neighbouring slice of the same patient, which is no duplicate.
-Groups are the connected components: a copy of a copy belongs to the same group. Labels and file names play no part.
+Public image sets hold the same picture several times: stored twice, re-encoded, or with changed brightness or contrast.
+Two images are near-duplicates if their thumbnails (grey, 32 x 32, box means, so that re-encoding leaves no trace) have
+a Pearson correlation above 0.999, which ignores brightness and contrast but tells neighbouring slices of a patient
+apart. Groups are the connected components; labels and file names play no part.
 
-On the brain MRI set this gives exactly the published list of groups, and there the choice is sharp: at 16 or 64 pixels
-a side, with another interpolation or at another threshold, some groups differ.
+On the brain MRI set this gives exactly the published list of groups; with 16 or 64 pixels a side, another
+interpolation or threshold, some groups differ.
 """
 
 from typing import Final
@@ -34,13 +33,9 @@ def grey(images: Tensor) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Reduces images to grey thumbnails of box means.
+    """Reduces images (N,C,H,W) float32, C 1 or 3, to grey box means (N,32,32) float32.
 
-    Args:
-        images: (N,C,H,W) float32, C 1 or 3. Sides that are multiples of 32 give equal boxes.
-
-    Returns:
-        (N,32,32) float32.
+    Boxes are equal if the sides are multiples of 32.
     """
     if images.shape[1] == 3:
         images = grey(images)
@@ -48,13 +43,10 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def duplicate_groups(thumbs: Tensor, threshold: float = THRESHOLD) -> npt.NDArray[np.int64]:
-    """Finds the groups of near-duplicates: (N,) group numbers, from 0, in order of each group's first image.
+    """The near-duplicate groups of `thumbnails`: (N,) numbers from 0, in order of each group's first image.
 
-    Flat images, whose correlation is undefined, are near-duplicates of each other and of nothing else.
-
-    Args:
-        thumbs: (N,h,w), from `thumbnails`.
-        threshold: Pearson correlation above which two images are near-duplicates.
+    Images are near-duplicates if their Pearson correlation is above `threshold`; flat images, whose correlation is
+    undefined, are near-duplicates of each other only.
     """
     count = len(thumbs)
     vectors = _unit_vectors(thumbs.flatten(1))
@@ -77,10 +69,7 @@ def duplicate_groups(thumbs: Tensor, threshold: float = THRESHOLD) -> npt.NDArra
 
 
 def _unit_vectors(pixels: Tensor) -> Tensor:
-    """Centres and scales (N,D) so that scalar products are correlations.
-
-    The constant vector is orthogonal to every centred one, and so stands for the flat images.
-    """
+    """Centres and scales (N,D) so that scalar products are correlations; flat images become the constant vector."""
     centred = pixels - pixels.mean(1, keepdim=True)
     flat = centred.square().mean(1, keepdim=True).sqrt() < _FLAT
     return F.normalize(torch.where(flat, torch.ones_like(centred), centred), dim=1)

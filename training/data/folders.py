@@ -47,7 +47,7 @@ class Contents:
         images: (N,C,H,W) float32 in [0,1].
         labels: (N,) int64 class of each image, or (N,H,W) of each pixel.
         names: Each image's path below the folder.
-        strata: (N,) in what proportions the splits should agree: the class, or whether the lesion is small.
+        strata: (N,) by which the splits are stratified: the class, or whether the lesion is small.
         held_out: (N,) whether the image belongs to a published test set.
         thumbs: (N,h,w), of `training.data.duplicates.thumbnails`.
         digests: SHA-256 of each image's file; with a mask, of both files.
@@ -64,10 +64,9 @@ class Contents:
 
 
 def task_of(root: Path, told: Task | None) -> Task:
-    """The task that a folder's layout tells: masks beside images are there to segment by; `told` is what --task says.
+    """The task of a folder's layout: segmentation if masks are beside the images; `told` is --task.
 
-    Raises:
-        UserError: There is no such folder, or its layout contradicts --task.
+    Raises UserError if there is no such folder or its layout contradicts --task.
     """
     if not root.is_dir():
         raise UserError(
@@ -86,10 +85,9 @@ def task_of(root: Path, told: Task | None) -> Task:
 
 
 def read_some(root: Path, task: Task, size: int, channels: int, count: int) -> Tensor:
-    """At most `count` images, (N,C,S,S), from all over a folder in one of the layouts; the others are not read.
+    """At most `count` images (N,C,S,S), from all over a folder in one of the layouts.
 
-    Raises:
-        UserError: The folder has no such layout, or holds an unreadable image among them.
+    Raises UserError if the folder has no such layout, or one of these images is unreadable.
     """
     if task == "segmentation":
         paths = [picture for picture, _ in _list_pairs(root)]
@@ -102,8 +100,7 @@ def read_some(root: Path, task: Task, size: int, channels: int, count: int) -> T
 def read_classes(root: Path, size: int, channels: int) -> Contents:
     """Reads `Training/<class>/*` with or without `Testing/<class>/*`, or one folder a class, as `size` x `size` images.
 
-    Raises:
-        UserError: The folder has no such layout, or holds an unreadable image.
+    Raises UserError if the folder has no such layout or holds an unreadable image.
     """
     files, classes = _list_classes(root)
 
@@ -128,10 +125,10 @@ def read_classes(root: Path, size: int, channels: int) -> Contents:
 
 
 def read_masks(root: Path, size: int, channels: int) -> Contents:
-    """Reads `images/*` with `masks/*` of the same names but for the ending, as Kvasir-SEG ships, at `size` x `size`.
+    """Reads `images/*` with `masks/*` of the same stems, as in Kvasir-SEG, at `size` x `size`.
 
-    A pixel belongs to the lesion where the resized mask is more than half white: whether a lesion covers most of the
-    pixel. A threshold before the resizing would move the outline by up to a pixel, and keep what JPEG adds around it.
+    A pixel belongs to the lesion where the resized mask is more than half white. A threshold before the resizing would
+    move the outline by up to a pixel, and keep JPEG artifacts around it.
 
     Raises:
         UserError: An image or a mask has no partner, two share one, one is unreadable, or they differ in size.

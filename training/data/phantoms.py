@@ -1,9 +1,7 @@
-"""Procedural images to try the machinery on: brain-like slices of four classes, and polyp-like frames with masks.
+"""Procedural images to try the software on: brain-like slices of four classes, and polyp-like frames with masks.
 
-They are phantoms: ellipses, textures and blobs drawn from a random generator. They look enough like the real thing to
-need a trained network, and prove nothing about patients; a result on them says that the software works, no more.
-
-Every image has a generator of its own, seeded with (seed, index): an image does not depend on how many are drawn.
+They are drawn from ellipses, textures and blobs, look real enough to need a trained network, and prove nothing about
+patients. Each image has its own generator, seeded with (seed, index), so it does not depend on how many are drawn.
 """
 
 from typing import Final
@@ -42,10 +40,9 @@ class _Draws:
 def brain_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
     """Draws brain-like slices (N,1,S,S) float32 in [0,1], in 256 levels, and labels (N,) numbered as `BRAIN_LABELS`.
 
-    A head with skull, folded cortex, white matter and ventricles, in a random contrast, pose, bias field and noise.
-    Gliomas are irregular, inside the brain, with a bright rim, a dark core and swelling around; meningiomas are even
-    and sit on the skull; pituitary tumours are small and even, in the midline at the base. Vessels and other bright
-    spots are in all classes, which take turns from index `first` on.
+    Gliomas are irregular, inside the brain, with a bright rim, a dark core and swelling; meningiomas are even and
+    sit on the skull; pituitary tumours are small and even, in the midline at the base. All classes, which take turns
+    from index `first` on, have bright spots, and a random contrast, pose, bias field and noise.
     """
     labels = torch.arange(first, first + count) % len(BRAIN_LABELS)
     chunks = []
@@ -60,8 +57,8 @@ def brain_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0)
 def polyp_phantoms(count: int, *, size: int = 64, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
     """Draws endoscopy-like frames (N,3,S,S) float32 in [0,1], in 256 levels, and masks (N,1,S,S), 1 on the polyp.
 
-    Reddish folded mucosa in uneven light with highlights and dark corners; the polyp is a bulge, often little different
-    in colour, with a shaded side. `first` is the index of the first frame.
+    Reddish folded mucosa in uneven light; the polyp is a shaded bulge, often of similar colour. `first` is the index of
+    the first frame.
     """
     images, masks = [torch.zeros(0, 3, size, size)], [torch.zeros(0, size, size)]
     for start in range(0, count, _CHUNK):

@@ -17,13 +17,9 @@ def assign_splits(
     held_out: npt.NDArray[np.bool_] | None,
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """Decides by whole groups, and by the seed, which image goes to which split: TRAIN, VALIDATION, TEST or DROPPED.
+    """Assigns whole near-duplicate groups to TRAIN, VALIDATION, TEST or DROPPED, by the seed.
 
-    Args:
-        groups: (N,) near-duplicate group of each image.
-        labels: (N,) label of each image.
-        held_out: (N,) whether an image belongs to a published test set; None without one.
-        seed: Which groups go where.
+    `groups` and `labels` are (N,); `held_out` (N,) tells the images of a published test set, None without one.
     """
     rng = np.random.default_rng(seed)
     result = np.full(len(groups), TRAIN, dtype=np.int64)

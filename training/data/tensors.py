@@ -17,13 +17,12 @@ def split_images(images: Tensor, labels: Tensor | None = None, *, name: str = "i
 
     Args:
         images: (N,C,H,W) float32 in [0,1], C 1 or 3.
-        labels: (N,) int64 classes, in whose proportions the splits agree; None: there are none, and learning a defense
-            needs none.
+        labels: (N,) int64 classes to stratify by; None: unlabelled, which learning a defense allows.
         name: Of the data, for the artifact.
         seed: Which images go where.
 
     Raises:
-        UserError: These are no such images, or too few to be split.
+        UserError: The images are invalid, or too few to be split.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.float32:
         raise UserError(f"expected float32 images (N,C,H,W), C 1 or 3; got {images.dtype}, {tuple(images.shape)}")

@@ -18,13 +18,7 @@ CHUNK = 128
 
 
 class Defended:
-    """An endpoint behind something that its images pass through first, in this process, as they do in a gateway.
-
-    Args:
-        front: (N,C,H,W) finite images of any range to images of the same shape.
-        victim: Where they go then.
-        device: Where `front` runs.
-    """
+    """An endpoint whose images (N,C,H,W) pass through `front` first, in this process, as in a gateway."""
 
     def __init__(self, front: Callable[[Tensor], Tensor], victim: Endpoint, device: torch.device) -> None:
         self._front, self._victim, self._device = front, victim, device
@@ -42,13 +36,7 @@ Connect = Callable[[str], AbstractContextManager[Endpoint]]
 
 @dataclass(frozen=True)
 class Identity:
-    """What an endpoint says it is.
-
-    Attributes:
-        artifact: Id of the gateway's artifact; None for a bare victim.
-        queries: Victim queries spent to learn it; 0 for a bare victim.
-        name: The artifact's, where it says so.
-    """
+    """What an endpoint says it is; a bare victim has no `artifact` id and cost no `queries` to learn."""
 
     artifact: str | None
     queries: int
@@ -63,8 +51,7 @@ def connect(url: str) -> AbstractContextManager[Endpoint]:
 def identify(endpoint: Endpoint, url: str, image: Tensor, labels: Sequence[str]) -> Identity:
     """Asks the service at `url` what it is, with one image (C,H,W) in [0,1] and the data's class names.
 
-    Raises:
-        UserError: Nothing is ready there, its classes are not the data's, or its answer has an unknown form.
+    Raises UserError if nothing is ready there, its classes are not the data's, or its answer has an unknown form.
     """
     if not endpoint.ready():
         raise UserError(f"nothing is ready at {url}: start the service, or name the right URL")

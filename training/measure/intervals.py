@@ -17,17 +17,16 @@ def bootstrap_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over images.
+    """Percentile bootstrap interval (low, high) of a statistic over images.
+
+    The ends are order statistics, so they are never interpolated towards inf.
 
     Args:
         values: (n,) one number an image, n >= 1; inf is allowed.
-        statistic: What to compute along the last axis; the mean when None.
+        statistic: Computed along the last axis; the mean if None.
         level: Coverage, in (0,1).
         resamples: Number R of bootstrap samples.
         seed: Seed of the resampling.
-
-    Returns:
-        (low, high), order statistics, and so never interpolated towards inf.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -48,8 +47,8 @@ def nested_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean over seeds and images, or of the difference to a paired reference.
 
-    Every resample draws images once, for all seeds and the reference, which were measured on the same ones, and draws
-    seeds, for values and reference apart. With a few seeds it still understates how much seeds differ.
+    Every resample draws images once, for all seeds and the reference, and seeds separately for values and reference.
+    With few seeds it still understates how much seeds differ.
 
     Args:
         values: (S,n) one number a seed and image, S and n at least 1.

@@ -1,7 +1,7 @@
-"""The results file: one row a measured number, and the tables that are printed from it.
+"""The results file, one row a measured number, and the tables that are printed from it.
 
-`results.json` is a JSON array of flat objects with the fields of `Row`, one object a line. Every verb that measures
-something adds its rows; a row that measures the same thing again replaces the older one.
+`results.json` is a JSON array with one flat object (the fields of `Row`) a line. Every verb that measures adds its
+rows; a row that measures the same thing again replaces the older one.
 """
 
 import json
@@ -34,8 +34,8 @@ class Row:
         attack: A name of `defense.attacks.ATTACKS`, "none", "certificate"; `training.redteam`'s begin with "adaptive",
             "outsider" or "corruption".
         norm: "linf", "l2", "severity" (of corruptions), or "none".
-        epsilon: Size of the perturbation or certified radius, in units of [0,1], or severity; None: there is no bound.
-        defense: Name of the defense; `NO_DEFENSE` for the bare victim.
+        epsilon: Perturbation or certified radius, in units of [0,1], or severity; None: unbounded.
+        defense: Its name; `NO_DEFENSE` for the bare victim.
         metric: "accuracy", "dice", "iou", "dice_small" (small lesions), "certified_..."; "abstained" (share of pixels),
             "median_l2", ...
         value: A share for accuracies and the like; None: infinite.
@@ -74,11 +74,7 @@ _ROWS = TypeAdapter(list[Row])
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads a results file; a file that does not exist has no rows.
-
-    Raises:
-        UserError: The file is no results file.
-    """
+    """Reads a results file; a missing file has no rows. Raises UserError if it is no results file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -97,8 +93,7 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a results file, atomically; each replaces an older row of the same identity.
 
-    Raises:
-        UserError: There is a file at `path` already, and it is no results file. It is left as it is.
+    Raises UserError, and leaves the file as it is, if it is no results file.
     """
     replace_rows(path, {row.identity: row for row in [*read_rows(path), *rows]}.values())
 
@@ -123,10 +118,9 @@ def measured_row(
     norm: str = "none",
     epsilon: float | None = None,
 ) -> Row:
-    """The row of one number an image, at least one, with its interval; the other arguments are fields of `Row`.
+    """The row of one number an image, at least one, with its bootstrap interval; other arguments are fields of `Row`.
 
-    Its value is the median where the metric's name begins with "median_", else the mean; inf is allowed. The seed is
-    also that of the resampling.
+    The value is the median if the metric's name begins with "median_", else the mean; inf is allowed.
     """
     array = np.array(values, dtype=np.float64)
     middle: Callable[..., npt.NDArray[np.float64]] = np.median if metric.startswith("median_") else np.mean
@@ -155,12 +149,10 @@ def finite(value: float) -> float | None:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """An aligned plain-text table: one line a defense, one column an attack and size, under two lines of heads.
+    """An aligned plain-text table: one line a defense, one column an attack and size, under two header lines.
 
-    Accuracies, Dice and the like are printed in percent, norms in units of [0,1]; "inf" means beyond everything tried,
-    "-" not measured.
-    Columns and lines stand in the order in which they first appear in `rows`, the clean images first. All shares in
-    `rows` have to be of one metric: no column says of which.
+    Shares are in percent, norms in units of [0,1]; "inf" means beyond everything tried, "-" not measured. Columns and
+    lines keep the order of `rows`, the clean images first. All shares must be of one metric, as no column names it.
     """
     columns = list(dict.fromkeys(_column(row) for row in rows))
     columns.sort(key=lambda column: column != _CLEAN)  # stable: only the clean column moves

@@ -28,7 +28,7 @@ def main_score(answers: Tensor, labels: Tensor) -> Tensor:
 def scores(answers: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """All metrics of answers (N,) or (N,H,W), the main one first: float64, a number for each image concerned.
 
-    "accuracy"; or "dice" and "iou", and "dice_small" for the images whose lesion is small, if there are any.
+    "accuracy"; or "dice", "iou", and "dice_small" if any lesion is small.
     """
     found = {main_metric(labels): main_score(answers, labels)}
     if labels.ndim > 1:
@@ -40,10 +40,9 @@ def scores(answers: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def worst_case(answer: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Dice and IoU of one (H, W) answer in which every abstaining pixel is wrong.
+    """Dice and IoU of one (H, W) answer in which every abstaining pixel (-1) is wrong.
 
-    A pixel that abstains (-1) may be anything; the worst for either metric is background where the lesion is, and
-    lesion where it is not.
+    For either metric the worst is background where the lesion is, and lesion where it is not.
     """
     wrong = torch.where(mask > 0, 0, 1)
     settled = torch.where(answer < 0, wrong, answer)

@@ -11,13 +11,9 @@ from training.data.lesions import small_lesions
 
 
 def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> tuple[list[int], ImageSet]:
-    """The images that --split and --limit name.
+    """The images of --split and --limit: indices in the split, in `stratified_order`, and the images in that order.
 
-    Returns:
-        Their indices in the split, in `stratified_order`, and the images in that order.
-
-    Raises:
-        UserError: There are none.
+    Raises UserError if there are none.
     """
     pool = splits.validation if split == "validation" else splits.test
     if len(pool) == 0:
@@ -27,10 +23,9 @@ def chosen_images(splits: Splits, split: str, limit: int | None, seed: int) -> t
 
 
 def stratified_order(labels: Tensor, limit: int | None, seed: int) -> list[int]:
-    """A deterministic order of images of which every beginning has about the classes' proportions.
+    """At most `limit` indices of labels (N,) int64, in an order whose every prefix is about stratified.
 
-    A smaller limit gives a beginning of what a larger one gives, so that work on few images can be continued. `labels`
-    are (N,) int64; returned are at most `limit` distinct indices.
+    A smaller limit gives a prefix of a larger one's order, so that work on few images can be continued.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels.tolist()):

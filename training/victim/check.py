@@ -111,15 +111,15 @@ class VictimCheck:
 
 
 def check_victim(victim: Endpoint | Callable[[Tensor], Tensor], images: Tensor) -> VictimCheck:
-    """Asks a victim some hundred times (`QUERIES` for 8 images) and says what it is like.
+    """Examines a victim with some hundred queries (`QUERIES` for 8 images).
 
     Args:
         victim: The black box, such as `HTTPVictim`, or a function of images.
-        images: (N,C,H,W) float32 in [0,1], N of at least 2, of the kind that it knows; `IMAGES` of them are used.
+        images: (N,C,H,W) float32 in [0,1], N of at least 2, of the kind it knows; the first `IMAGES` are used.
 
     Raises:
         ServiceError: It cannot be reached, or refuses; `hint` says what may help.
-        DefenseError: Its answers are no scores.
+        DefenseError: Its answers are not scores.
     """
     victim, images = victim if isinstance(victim, Endpoint) else FunctionVictim(victim), images[:IMAGES]
     ledger = QueryLedger()

@@ -47,11 +47,7 @@ class WireConfig(Config):
     )
 
     def wire_options(self) -> WireOptions:
-        """What these mean to the victim's client.
-
-        Raises:
-            InvalidInput: The mapping is invalid.
-        """
+        """Arguments of the victim's client; InvalidInput if the mapping is invalid."""
         return {"wire": self.wire, "mapping": load_mapping(self.victim_mapping)}
 
 
@@ -69,11 +65,7 @@ class VictimConfig(WireConfig):
     in_flight: PositiveInt = Field(4, description="requests at once")
 
     def client_options(self) -> ClientOptions:
-        """What these mean to the victim's client, its URLs apart.
-
-        Raises:
-            InvalidInput: The mapping is invalid.
-        """
+        """Arguments of the victim's client except its URLs; InvalidInput if the mapping is invalid."""
         return {
             "batch": self.batch_images,
             "in_flight": self.in_flight,

@@ -34,10 +34,9 @@ def save_example(folder: Path, image: Tensor) -> None:
 
 
 def data_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the splits on which the victim in a folder was trained; None where it has no report.
+    """The fingerprint of the splits that the victim in a folder was trained on; None if it has no report.
 
-    Raises:
-        UserError: There is a report, and not by this project.
+    Raises UserError if the report is not one of `victim_fit`.
     """
     path = folder / REPORT_NAME
     try:

@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 def fit(model: nn.Module, task: VictimTask, splits: Splits, *, epochs: int, seed: int, device: torch.device) -> int:
-    """Trains the model, on `device`, in place, leaves it as it was at its best epoch, and returns that epoch, from 1.
+    """Trains the model in place on `device`, leaves it at its best epoch, and returns that epoch, from 1.
 
-    AdamW with a one-cycle learning rate. What is validated and kept is the exponential average of the weights over the
-    last hundred steps or so: the weights themselves swing by many per cent between epochs. The best epoch has the
-    highest validation score, of several the lowest validation loss. The test split is not looked at.
+    AdamW with a one-cycle learning rate. The exponential average of the weights is validated and kept, as the weights
+    themselves swing by many per cent between epochs. The best epoch has the highest validation score, then the lowest
+    validation loss.
     """
     generator = torch.Generator().manual_seed(seed)
     images, labels = splits.train.images.to(device), splits.train.labels.to(device)

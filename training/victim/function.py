@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class FunctionVictim:
-    """An `Endpoint` of `services.protocol.client` around a function, for models that need no service.
+    """A function as an `Endpoint`, for models that need no service.
 
     Args:
-        function: (N,C,H,W) float32 in [0,1] -> (N,K) or (N,K,H,W) scores. Nothing else is known of it.
+        function: (N,C,H,W) float32 in [0,1] -> (N,K) or (N,K,H,W) scores.
         labels: Names of the K classes; None: they are numbered.
     """
 

@@ -1,8 +1,4 @@
-"""A victim without sockets, in the process of whoever compares.
-
-The victim is the same endpoint as behind HTTP, and has a gradient for the white-box rows. Only what may know its
-weights uses it: comparisons on one machine, and the white-box upper bounds.
-"""
+"""A victim in this process, for comparisons on one machine; its gradient serves the white-box upper bounds only."""
 
 import json
 import logging
@@ -28,14 +24,9 @@ _SAME_SCORES = 0.02  # probabilities of one and the same model differ by less, i
 
 
 class InProcessVictim:
-    """What the hospital serves, as a callable; an `Endpoint` of `services.protocol.client`.
+    """What the hospital serves, as an `Endpoint`; differentiable in the images, never in the weights.
 
-    Differentiable wherever gradients are enabled and the images ask for one; the weights never get one.
-
-    Args:
-        model: Maps (N,C,H,W) in [0,1] to logits (N,K) or (N,K,H,W); in evaluation mode.
-        labels: Names of the K classes.
-        device: Where it runs.
+    `model` maps (N,C,H,W) in [0,1] to logits (N,K) or (N,K,H,W), in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, labels: tuple[str, ...], device: torch.device) -> None:
@@ -69,7 +60,7 @@ class InProcessVictim:
 
 @contextmanager
 def in_process(folder: Path, device: torch.device, splits: Splits) -> Iterator[InProcessVictim]:
-    """Loads the victim that `training.victim_fit` wrote in a folder; warns where it was trained on other splits.
+    """Loads the victim that `training.victim_fit` wrote in a folder; warns if it was trained on other splits.
 
     Raises:
         VictimFileError: There is no victim.
@@ -88,11 +79,7 @@ def in_process(folder: Path, device: torch.device, splits: Splits) -> Iterator[I
 
 
 def refuse_another_victim(path: Path, endpoint: Endpoint, images: Tensor) -> None:
-    """Recognises a victim, at whatever address, by its scores on the first of the images, kept in a file that it makes.
-
-    Raises:
-        UserError: It is another victim than the file's.
-    """
+    """Keeps the victim's scores on the first images in a file; UserError if they differ from those kept before."""
     with torch.no_grad():
         scores = endpoint(images[:_PROBES]).cpu()
     if not path.exists():

@@ -44,9 +44,9 @@ class VictimTask(ABC):
     Attributes:
         labels: Names of the K classes.
         batch: Images a step.
-        epochs: Passes over the training images, unless told otherwise.
-        width: Of the network, unless told otherwise.
-        depth: Of the network, unless told otherwise; None where there is no choice.
+        epochs: Default passes over the training images.
+        width: Default width of the network.
+        depth: Default depth of the network; None where there is no choice.
         libraries: Whose versions decide a result, beside those of every verb.
     """
 
@@ -74,14 +74,7 @@ class VictimTask(ABC):
 
 @dataclass(frozen=True)
 class ClassificationScore(Score):
-    """How a classifier does.
-
-    Attributes:
-        labels: (K,) names of the classes.
-        loss: Mean cross-entropy in nats.
-        correct: (K,) rightly classified images of each class.
-        count: (K,) images of each class.
-    """
+    """How a classifier does: mean cross-entropy `loss` in nats; (K,) images `correct` and in all (`count`) by class."""
 
     labels: tuple[str, ...]
     loss: float
@@ -147,14 +140,7 @@ class Classification(VictimTask):
 
 @dataclass(frozen=True)
 class SegmentationScore(Score):
-    """How a segmenter does.
-
-    Attributes:
-        loss: Mean training loss.
-        dice: (N,) of each image.
-        iou: (N,) of each image.
-        small: (N,) bool: whether its lesion is small.
-    """
+    """How a segmenter does: mean training loss, and (N,) Dice, IoU, and whether each lesion is small."""
 
     loss: float
     dice: Tensor
@@ -171,9 +157,9 @@ class SegmentationScore(Score):
         return f"loss {self.loss:.3f}, Dice {self.dice.mean():.3f}"
 
     def report(self) -> dict[str, Any]:
-        """The keys loss, and of all images dice, iou (means), median_dice and count; small_lesions has the last four.
+        """Loss, dice and iou (means), median_dice and count of all images; small_lesions has the last four.
 
-        All three are of the foreground and in [0,1]; of no images, they are None.
+        Scores are of the foreground and in [0,1]; None without images.
         """
         return {
             "loss": self.loss,
