@@ -48,9 +48,8 @@ class Tally:
     """What became of the attacked images of one attack.
 
     Attributes:
-        tries: Images that were certified, and attacked.
-        flips: Those with another answer.
-        abstained: Those without one; of masks, the mean share of the certified pixels.
+        flips: Images with another answer, of `tries`.
+        abstained: Images without one; of masks, the mean share of the certified pixels.
         pixels: Certified pixels that were attacked, and `flipped` of them.
     """
 

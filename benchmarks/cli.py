@@ -15,15 +15,9 @@ def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the arguments and runs `body`, turning known errors into one line on stderr.
+    """Parses the arguments (`sys.argv[1:]` when None) and returns the exit code of `body`.
 
-    Args:
-        body: The benchmark; takes the parsed arguments and returns the exit code.
-        parser: Its parser.
-        argv: The arguments, without the program's name; `sys.argv[1:]` when None.
-
-    Returns:
-        The body's exit code; 2 after a known error.
+    A known error is one line on stderr and the code 2.
     """
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")

@@ -2,8 +2,7 @@
 
     python -m benchmarks.decoding
 
-Both ways decode the same files in turn, so that what else the machine does falls on both alike: one file at a time, and
-eight at once. Small PNGs and JPEGs are decoded in this process by the pool too.
+Both decode the same files in turn, one at a time and eight at once; the pool, too, decodes small PNGs and JPEGs here.
 """
 
 import asyncio

@@ -3,11 +3,9 @@ r"""How far every estimator is from the true gradient on a real victim, against 
     python -m benchmarks.estimator_error --data ../shared/data/brain_mri \
         --victim artifacts/brain_mri/victim --pretrained artifacts/brain_mri/pretrained --out docs/figures/estimators
 
-Reads the victim's weights, to know the truth; the estimators do not. Noisy validation images are sanitized, and at the
-border of the black box each estimator's gradients are compared with the exact ones: by their cosine (median over the
-images on which the victim is unsure: elsewhere there is hardly a gradient), by their squared error, and by the cosine
-of what training applies, the gradient of the parameters averaged over all images. Writes OUT.json and OUT.png, and
-prints a table.
+At the border of the black box, the gradients of noisy validation images are compared with the exact ones of the open
+victim: by their cosine (median over the images on which the victim is unsure: elsewhere there is hardly a gradient), by
+their squared error, and by the cosine of the parameters' mean gradient. Writes OUT.json and OUT.png, prints a table.
 """
 
 import argparse
@@ -16,11 +14,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 
 from benchmarks import cli
-from benchmarks.gradients import Bench, Finding, learn_surrogate, rge, write
+from benchmarks.gradients import Bench, Finding, add_bench_arguments, learn_surrogate, noisy_images, rge, write
 from defense.estimators import (
     CoordinateGradientEstimator,
     Difference,
@@ -105,16 +102,11 @@ def draw(findings: list[Finding], path: Path) -> None:
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    cli.add_data_arguments(parser)
-    parser.add_argument("--victim", type=Path, required=True, help="what training.victim_fit wrote")
-    parser.add_argument("--pretrained", type=Path, required=True, help="what training.pretrain wrote")
-    parser.add_argument("--images", type=cli.positive_int, default=256, help="validation images (default 256)")
-    parser.add_argument("--sigma", type=cli.positive_float, default=0.25, help="of the noise (default 0.25)")
+    add_bench_arguments(parser, 256, "artifacts/estimators")
     parser.add_argument(
         "--students", type=cli.positive_int, nargs="+", default=[5_000, 20_000], help="answers that each learns from"
     )
     parser.add_argument("--student-steps", type=cli.positive_int, default=2400, help="of each student (default 2400)")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/estimators"), help="stem of the files")
     return cli.run(_run, parser)
 
 
@@ -126,10 +118,7 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     for part in parts.values():
         part.freeze_decoder()
-    generator = torch.Generator().manual_seed(arguments.seed)
-    chosen = torch.randperm(len(splits.validation.images), generator=generator)[: arguments.images]
-    clean = splits.validation.images[chosen]
-    noisy = clean + arguments.sigma * torch.randn(clean.shape, generator=generator)
+    clean, noisy = noisy_images(splits, arguments)
     findings: list[Finding] = []
     with in_process(arguments.victim, resolve_device("cpu"), splits) as victim:
         targets = victim(clean).argmax(1)

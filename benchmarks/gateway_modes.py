@@ -2,8 +2,7 @@
 
     python -m benchmarks.gateway_modes --victim artifacts/phantom/victim --artifact artifacts/phantom/zo-ds
 
-Hospital and gateway run as processes, and one client asks for one image at a time, in every mode in turn, so that what
-else the machine does falls on all of them alike. "direct" is the hospital itself, without a gateway.
+One client asks for one image at a time, in every mode in turn. "direct" is the hospital itself, without a gateway.
 """
 
 import argparse

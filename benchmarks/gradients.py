@@ -1,5 +1,6 @@
 """The bench on which gradient estimators are compared with the truth, which an open victim gives."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import cli
 from defense.estimators import Estimator, ExactGradient, Loss, Points, RandomGradientEstimator
 from defense.files import replace_file
 from defense.objectives import inject_gradient, located_loss, stability_loss
 from defense.sanitizer import Sanitizer
 from defense.surrogates import Surrogate, SurrogateSettings
+from training.data.datasets import Splits
 from training.measure.results import align
 from training.victim.in_process import InProcessVictim
 
@@ -33,7 +36,6 @@ class Finding:
 
     Attributes:
         border: "image" or "code".
-        estimator: Its name.
         queries: Victim queries an image and step; those that trained a student are spread over 600 steps of 64 images.
         cosine: Median cosine with the true gradient over the images on which the victim is unsure; of masks, over all.
         error: Squared error relative to the true gradients' squared norm, over all images.
@@ -54,10 +56,8 @@ class Bench:
 
     Attributes:
         border: "image" or "code".
-        sanitizer: Its parameters are those whose gradient is compared.
-        victim: Open, to know the truth.
         noisy: (N, C, H, W) noisy images.
-        targets: (N,) or (N, H, W) the victim's answers on the clean ones.
+        targets: (N,) or (N, H, W) the open victim's answers on the clean ones.
     """
 
     border: str
@@ -136,6 +136,25 @@ class Bench:
             ]
             total += torch.cat(flat)
         return total / len(self.noisy)
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser, images: int, out: str) -> None:
+    """Adds what is measured, on `images` images by default, and where the figures go."""
+    cli.add_data_arguments(parser)
+    add = parser.add_argument
+    add("--victim", type=Path, required=True, help="what training.victim_fit wrote")
+    add("--pretrained", type=Path, required=True, help="what training.pretrain wrote")
+    add("--images", type=cli.positive_int, default=images, help=f"validation images (default {images})")
+    add("--sigma", type=cli.positive_float, default=0.25, help="of the noise (default 0.25)")
+    add("--out", type=Path, default=Path(out), help="stem of the files")
+
+
+def noisy_images(splits: Splits, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Random validation images (N, C, H, W), as `add_bench_arguments` has them, clean and noisy."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    chosen = torch.randperm(len(splits.validation.images), generator=generator)[: arguments.images]
+    clean = splits.validation.images[chosen]
+    return clean, clean + arguments.sigma * torch.randn(clean.shape, generator=generator)
 
 
 def rge(directions: int, **parts: object) -> RandomGradientEstimator:

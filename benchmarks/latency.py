@@ -2,8 +2,7 @@
 
     python -m benchmarks.latency --victim artifacts/phantom/victim --artifact artifacts/phantom/zo-ds
 
-Both ways send the same image to the same hospital as tensors, warm, one at a time and in turn, so that what else the
-machine does falls on both alike. The ratio that is aimed at is 1.10.
+Both send the same image to the same hospital as tensors, warm, one at a time and in turn. The goal is 1.10.
 """
 
 import argparse

@@ -12,13 +12,7 @@ from benchmarks.peers import Array, Pipeline, answer, request, scores
 
 
 class Served(litserve.LitAPI):  # type: ignore[misc]
-    """The job of `benchmarks.peers`.
-
-    Args:
-        artifact: the sanitizer's folder.
-        victim: where the victim answers.
-        settings: LitServe's own.
-    """
+    """The job of `benchmarks.peers`; `settings` are LitServe's own."""
 
     def __init__(self, artifact: Path, victim: str, **settings: Any) -> None:
         super().__init__(**settings)

@@ -2,13 +2,10 @@
 
     python -m benchmarks.load --victim artifacts/phantom/victim --artifact artifacts/phantom/zo-ds --seconds 60
 
-Hospital, gateway and the generator run on this machine, over loopback. First the capacity: a few clients, each of which
-asks again as soon as it has its answer. Then requests come at fixed times, whatever became of those before (an open
-loop), at --times the capacity. A request has --batch images, so that the generator costs little beside the services.
-
-Goodput is images answered with 200 in a second, as long as requests come. Latencies are of those answers, as ratios to
-the median at capacity. Memory is the gateway's, after a tenth of the time and at its end. The generator takes part of
-the same cores: how much, its share of their time says.
+A few clients, each of which asks again as soon as it has its answer, find the capacity. Then requests of --batch images
+come at fixed times (an open loop), at --times the capacity. Goodput is images answered with 200 in a second, as long as
+requests come; latencies are of those answers, as ratios to the median at capacity. Memory is the gateway's, after a
+tenth of the time and at its end. "generator" is its share of the cores, which it takes from the services.
 """
 
 import argparse
@@ -42,8 +39,8 @@ class Seen:
         latencies: seconds of those answered 200.
         in_time: how many of them while requests came.
         memory: resident set of the gateway in MB, once a second.
-        share: of the machine's processor time, what the generator took.
         until: when requests end to come, on the clock of `time.perf_counter`.
+        share: of the machine's processor time, what the generator took.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
@@ -55,14 +52,7 @@ class Seen:
 
 
 class Generator:
-    """Sends one request again and again.
-
-    Args:
-        url: the gateway's.
-        body: the request's.
-        headers: the request's.
-        process: whose memory is watched.
-    """
+    """Sends one request to a URL again and again, and watches the memory of a process."""
 
     def __init__(self, url: str, body: bytes, headers: dict[str, str], process: psutil.Process) -> None:
         self._url, self._body, self._headers, self._process = url, body, headers, process

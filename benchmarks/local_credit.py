@@ -3,10 +3,8 @@ r"""Local credit against global estimates, at the image and at a spatial code, o
     python -m benchmarks.local_credit --data ../shared/data/kvasir_seg --victim artifacts/kvasir_seg/victim \
         --pretrained artifacts/kvasir_seg/pretrained --out docs/figures/local-credit
 
-As `benchmarks.estimator_error`, whose bench it shares: noisy validation images are sanitized, and at the border of the
-black box the estimates are compared with the exact gradients. The code is that of the pre-trained autoencoder; it needs
-cells (`training.pretrain --autoencoder conv`), else only the image is measured. Writes OUT.json and OUT.png, and prints
-a table.
+Measured as in `benchmarks.estimator_error`. The code is that of the pre-trained autoencoder; it needs cells
+(`training.pretrain --autoencoder conv`), else only the image is measured. Writes OUT.json and OUT.png, prints a table.
 """
 
 import argparse
@@ -15,11 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 
 from benchmarks import cli
-from benchmarks.gradients import MU, Bench, Finding, rge, write
+from benchmarks.gradients import MU, Bench, Finding, add_bench_arguments, noisy_images, rge, write
 from defense.estimators import LocalGradientEstimator
 from services.device import resolve_device
 from training.command.errors import UserError
@@ -74,12 +71,7 @@ def draw(findings: list[Finding], path: Path) -> None:
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    cli.add_data_arguments(parser)
-    parser.add_argument("--victim", type=Path, required=True, help="what training.victim_fit wrote")
-    parser.add_argument("--pretrained", type=Path, required=True, help="what training.pretrain wrote")
-    parser.add_argument("--images", type=cli.positive_int, default=64, help="validation images (default 64)")
-    parser.add_argument("--sigma", type=cli.positive_float, default=0.25, help="of the noise (default 0.25)")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/local-credit"), help="stem of the files")
+    add_bench_arguments(parser, 64, "artifacts/local-credit")
     return cli.run(_run, parser)
 
 
@@ -87,10 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     splits = load_data(cli.data_config(arguments))
     if splits.task != "segmentation":
         raise UserError(f"{splits.name} has no masks: local credit is for segmenters")
-    generator = torch.Generator().manual_seed(arguments.seed)
-    chosen = torch.randperm(len(splits.validation.images), generator=generator)[: arguments.images]
-    clean = splits.validation.images[chosen]
-    noisy = clean + arguments.sigma * torch.randn(clean.shape, generator=generator)
+    clean, noisy = noisy_images(splits, arguments)
     findings = []
     with in_process(arguments.victim, resolve_device("cpu"), splits) as victim:
         targets = victim(clean).argmax(1)

@@ -20,13 +20,7 @@ from services.server import read_settings, serve
 
 
 class Paced(nn.Module):
-    """A linear classifier that takes its time: what is measured is how the time is spent, not what is learned.
-
-    Args:
-        values: in an image.
-        classes: K.
-        rate: images a second.
-    """
+    """A linear classifier of `rate` images a second: how the time is spent is measured, not what is learned."""
 
     def __init__(self, values: int, classes: int, rate: float) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     python -m benchmarks.peers fastapi --artifact ... --victim-url ... --port 0
 
 An image comes as a form's file and is decoded, sanitized by PyTorch, and sent to the victim as a tensor; the scores
-are answered as JSON. FastAPI sanitizes every image alone in a thread; LitServe and Ray Serve batch, as they do it best.
-None of them has what else the gateway does: bounds, deadlines, accounts, retries, votes.
+are answered as JSON, without what else the gateway does: bounds, deadlines, accounts, retries, votes. FastAPI sanitizes
+every image alone in a thread; LitServe and Ray Serve batch.
 """
 
 import argparse
@@ -43,11 +43,7 @@ WAIT_S: Final = 0.002
 
 
 class Pipeline:
-    """The parts of the job.
-
-    Args:
-        artifact: the sanitizer's folder.
-    """
+    """The parts of the job."""
 
     def __init__(self, artifact: Path) -> None:
         """Loads the sanitizer."""

@@ -3,16 +3,10 @@
     python -m benchmarks.query_attacks --data ../shared/data/brain_mri --victim artifacts/brain_mri/victim \
         --artifact artifacts/brain_mri/zo-ds
 
-Hospital and gateway run as processes; the gateway reports, so that attacks go on to their end. Each attacked image has
-a client key of its own. Square (Andriushchenko et al., ECCV 2020; pyautoattack's) reads the scores, HopSkipJump (Chen
-et al., S&P 2020) the decisions alone, from an image that is answered otherwise. Of a masked image the score
-is the Dice with the mask of the clean image, and it counts as lost below one half.
-
-Ordinary traffic is every image of the split from one key, in random order, some of them followed by what clients send
-too: the same again, recompressed, cropped, shifted, turned, brighter or darker.
-
-What the gateway counted is read from `GET /queries`. The table for other thresholds replays the same images through the
-gateway's own `History`.
+The gateway reports but does not refuse, so that attacks go on to their end; each attacked image has a client key of its
+own. Attacks are those of `defense.query_attacks`, HopSkipJump from an image of another label. Ordinary traffic is every
+image of the split from one key, in random order, some followed by the same again, recompressed, cropped, shifted,
+turned, brighter or darker. The table for other thresholds replays the images through the gateway's own `History`.
 """
 
 import argparse
@@ -52,14 +46,7 @@ _VARIANTS: Final = 0.25  # probability of each kind of second sending, for each 
 
 @dataclass
 class Client:
-    """One client of the gateway, who keeps what it sent.
-
-    Attributes:
-        http: what it sends with.
-        url: the gateway's.
-        key: its own.
-        sent: images, in order.
-    """
+    """One client of the gateway, who keeps the images that it sent, in order."""
 
     http: httpx.Client
     url: str
@@ -186,8 +173,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 def labelled_otherwise(labels: Tensor, index: int, chosen: int) -> int:
     """The next of the first `chosen` images whose label is not that of `index`; of all images where there is none.
 
-    Raises:
-        UserError: All labels are equal.
+    Raises UserError if all labels are equal.
     """
     places: list[int] = [*((index + step) % chosen for step in range(1, chosen)), *range(chosen, len(labels))]
     for place in places:

@@ -13,12 +13,7 @@ from training.command.subprocesses import service
 
 @dataclass(frozen=True)
 class Urls:
-    """Where the two services are.
-
-    Attributes:
-        victim: the hospital's.
-        gateway: the one in front of it.
-    """
+    """Where the hospital (victim) and the gateway in front of it are."""
 
     victim: str
     gateway: str
@@ -38,12 +33,7 @@ def add_image_arguments(parser: argparse.ArgumentParser, images: int) -> None:
 
 @contextmanager
 def defended(arguments: argparse.Namespace, flags: Sequence[str] = ()) -> Iterator[Urls]:
-    """Runs both services as long as the context lasts; their logs go with them.
-
-    Args:
-        arguments: those of `add_model_arguments`.
-        flags: more of the gateway's.
-    """
+    """Runs both services as long as the context lasts, with more flags for the gateway; their logs go with them."""
     with TemporaryDirectory() as folder:
         log = Path(folder)
         with service("services.hospital", ["--model", str(arguments.victim)], log / "hospital.log") as victim:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.runtimes --artifact artifacts/phantom/zo-ds
 
-All take the same images in turn, so that what else the machine does falls on all alike. "agrees" is what the gateway
-demands of a runtime: `services.gateway.compilers.TOLERANCE`.
+All take the same images in turn. "agrees" is what the gateway demands of a runtime:
+`services.gateway.compilers.TOLERANCE`.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --victim artifacts/phantom/victim --pretrained artifacts/phantom/pretrained
 
-The victims are `benchmarks.paced`: each answers --rate images a second, as one in another place would. A run's start is
-taken off by running a few steps and many, and dividing the difference in queries by the difference in time.
+The victims are `benchmarks.paced`, each of --rate images a second. A run's start is taken off by running a few steps
+and many, and dividing the difference in queries by the difference in time.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m benchmarks.theory_figures --out docs/figures
 
-Takes half a minute and asks no victim. Lines are predictions; marks are means over many draws of the estimators.
+Lines are predictions; marks are means over many draws of the estimators. It takes half a minute.
 """
 
 import argparse

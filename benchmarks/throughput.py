@@ -3,8 +3,8 @@
     python -m benchmarks.throughput --victim artifacts/phantom/victim --artifact artifacts/phantom/zo-ds
 
 Every server stands in front of the same hospital and is sent the same PNG by clients that ask again as soon as they
-have their answer. One server runs at a time, all of them --repeats times in turn, and the median counts. Figures are
-ratios to the gateway. The peers are in `benchmarks.peers`; those that are not installed are left out.
+have their answer, one server at a time, --repeats times in turn; the median counts, as ratio to the gateway's. Those of
+`benchmarks.peers` that are not installed are left out.
 """
 
 import argparse

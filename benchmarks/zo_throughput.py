@@ -3,8 +3,7 @@
     python -m benchmarks.zo_throughput --model artifacts/phantom/victim \
         --artifact artifacts/phantom/pretrained/denoiser+autoencoder
 
-Both run the same steps of the same trainer on the same random images, alternately; the victim in process has as many
-threads as the hospital. Only the ratio is worth quoting: the machine decides the rest.
+Both run the same steps on the same random images, alternately, the victim with as many threads.
 """
 
 import argparse
