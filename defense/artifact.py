@@ -36,7 +36,6 @@ class Provenance(BaseModel):
             estimator), or, with an open model, "fo-ds" or "fo-ae-ds".
         estimator: The estimator and its settings; None where no gradient was estimated.
         data_fingerprint: SHA-256 of the images and their splits.
-        versions: Versions of the libraries that made it.
         validation: The figures by which this state was chosen.
     """
 
@@ -134,8 +133,7 @@ def save_artifact(
 def load_artifact(path: str | Path) -> Artifact:
     """Reads an artifact in evaluation mode on the CPU; checks layout, hashes, architecture and every tensor.
 
-    Raises:
-        ArtifactError: Something is missing, malformed or altered; the message says what.
+    Raises ArtifactError, which says what is missing, malformed or altered.
     """
     folder = Path(path)
     try:

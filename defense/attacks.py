@@ -71,15 +71,10 @@ def craft(
 ) -> Tensor:
     """Crafts adversarial images (N,C,H,W) float32 in [0,1]; a minimum-norm attack leaves those as they are that hold.
 
-    Args:
-        name: A key of `ATTACKS`.
-        model: Differentiable, in evaluation mode, (N,C,H,W) -> logits (N,K) or (N,K,H,W); no gradient is left in it.
-        images: (N,C,H,W) float32 in [0,1], on the model's device.
-        labels: (N,) int64, the classes to get away from, or (N,H,W) the masks.
-        epsilon: Radius in the attack's norm, in units of [0,1]; None for a minimum-norm attack, and only then.
-        steps: Gradient steps; the table's when None.
-        seed: Of the random starts, together with `batch`; the global generator of torch is left as it was.
-        batch: Images attacked together.
+    The model, (N,C,H,W) -> logits (N,K) or (N,K,H,W), is differentiable and in evaluation mode; no gradient is left in
+    it. `labels` are the classes (N,) or masks (N,H,W), int64, to get away from; `epsilon` is a radius in the attack's
+    norm, in units of [0,1], None for a minimum-norm attack, and only then; `steps` are the table's when None. Seed and
+    batch determine the random starts; the global generator of torch is left as it was.
 
     Raises:
         ValueError: An argument is not as above, or the attack is not for such labels.
@@ -164,12 +159,11 @@ def scaled_norms(
 
     Each image is moved to clip(image + k * (adversarial - image)) for k = 1, 2, 4, ... up to `furthest`, until the
     answer is wrong (a mask: lost); then k is bisected `halvings` times. This is an upper bound on the smallest
-    perturbation that fools the classifier, along an oblivious attacker's direction: an adaptive one may need far less.
-    The classifier, (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W), is asked for no gradients.
+    perturbation that fools the classifier, (N,C,H,W) in [0,1] -> scores (N,K) or (N,K,H,W): an adaptive attacker may
+    need far less.
 
-    Returns:
-        (N,) float32 L2 norms of the clipped perturbation at which the answer is wrong; 0 where it is wrong without any,
-        inf where it stays right, or where there is no perturbation to scale.
+    Returned are (N,) L2 norms of the clipped perturbations; 0 where the answer is wrong without any, inf where it stays
+    right, or where there is no perturbation to scale.
     """
     directions = adversarials - images
 

@@ -1,10 +1,4 @@
-"""Errors of the numerical core.
-
-DefenseError
-├── ArtifactError     an artifact on disk is missing, malformed or altered
-├── BudgetExhausted   the next batch would spend more queries than allowed
-└── InvalidAnswer     the victim answered something that is no set of scores
-"""
+"""Errors of the numerical core, all of them `DefenseError`s."""
 
 
 class DefenseError(Exception):

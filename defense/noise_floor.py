@@ -132,15 +132,9 @@ def probe(
     quarter with the largest loss (a sure victim hardly moves), the points again in other batches, and the difference
     table along two directions each. Fixes on `victim` what later answers are checked by.
 
-    Args:
-        victim: The metered black box.
-        clean: (N, C, H, W) in [0, 1], N of at least 2; the victim's answers to them are the targets of the loss.
-        points: (N, *shape) where the estimator will step: what the sanitizer makes of noisy copies of `clean`.
-        decode: Points to (N, C, H, W) images in [0, 1].
-        generator: Of the directions, on the CPU.
-        difference: How the estimator takes slopes.
-        mu: The step, if it is given. None: formula 5 chooses it.
-        needs_differences: False skips the table.
+    The victim's answers to `clean` (N, C, H, W) in [0, 1], N >= 2, are the targets of the loss. `points` (N, *shape)
+    are where the estimator will step, which `decode` turns into images in [0, 1]. The generator is on the CPU. Formula
+    5 chooses `mu` where it is None; without `needs_differences` there is no table.
 
     Raises:
         BudgetExhausted: The budget does not hold the probe; nothing was sent.

@@ -34,11 +34,8 @@ class SpentError(Exception):
 class Inquiry:
     """Questions about the same N images over and over, and what came of them; `asked` (N,) counts each one's queries.
 
-    Args:
-        scores: What is asked.
-        images: (N,C,H,W) float32 in [0,1], the originals.
-        wanted: (N,) classes or (N,H,W) masks that the answers are to be brought away from.
-        limit: Most queries for each image.
+    `images` (N,C,H,W) float32 in [0,1] are the originals; `wanted` the classes (N,) or masks (N,H,W) that the answers
+    are to be brought away from; `limit` is the most queries for each image.
     """
 
     def __init__(self, scores: Scores, images: Tensor, wanted: Tensor, limit: int) -> None:
@@ -91,14 +88,10 @@ class Inquiry:
 def square(
     inquiry: Inquiry, epsilon: float, *, chosen: Tensor | None = None, to_the_end: bool = False, seed: int = 0
 ) -> None:
-    """Square in L-infinity, until each image's answer is wrong or its queries are spent.
+    """Square in L-infinity, radius `epsilon` in [0,1], until each image's answer is wrong or its queries are spent.
 
-    Args:
-        inquiry: Where it asks.
-        epsilon: Radius, in units of [0,1].
-        chosen: (M,) indices of the images to attack; all when None.
-        to_the_end: Go on where an answer is wrong already, to make it worse: for masks, of which some are worse.
-        seed: The global generator of torch is left as it was.
+    `chosen` (M,) are the indices of the images to attack, None: all. `to_the_end` goes on where an answer is wrong
+    already, to make it worse: for masks. The global generator of torch is left as it was.
     """
     owners = torch.arange(len(inquiry.images)) if chosen is None else chosen
     if not len(owners):

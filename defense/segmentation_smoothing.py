@@ -49,12 +49,8 @@ def certify_mask_counts(
 ) -> MaskCertificate:
     """SegCertify on (K,H,W) counts, K >= 2: n0 samples' choose each pixel's class, n others' test it.
 
-    Args:
-        selection: Counts of the n0 samples.
-        estimation: Counts of the n others, on the same device.
-        sigma: Standard deviation of the noise, in units of [0,1].
-        alpha: Probability that any of the pixels is wrong, in (0,1).
-        tau: Least probability of a class that is not abstained from, in [0.5, 1).
+    `sigma` is the noise's, in units of [0,1]; `alpha`, in (0,1), the probability that any of the pixels is wrong;
+    `tau`, in [0.5, 1), the least probability of a class that is not abstained from.
 
     Raises:
         ValueError: tau or alpha is out of its range, or the counts are not those of the same samples at every pixel.

@@ -44,8 +44,7 @@ class Certificate:
 def lower_bound(hits: int, n: int, alpha: float) -> float:
     """One-sided Clopper-Pearson bound, below the true probability in a share 1 - alpha of all experiments or more.
 
-    Raises:
-        ValueError: alpha is not in (0,1), n is below 1, or hits are not between 0 and n.
+    Raises ValueError unless alpha is in (0,1) and 0 <= hits <= n, n >= 1.
     """
     check_alpha(alpha)
     if n < 1 or not 0 <= hits <= n:
@@ -102,8 +101,7 @@ def predict_counts(counts: Tensor, *, alpha: float) -> int:
 def count_votes(scores: Tensor) -> Tensor:
     """(K,) or (K,H,W) int64: how many of (N,K) or (N,K,H,W) finite scores have each class as their largest.
 
-    Raises:
-        InvalidAnswer: There are not two or more classes, or there is nothing to count.
+    Raises InvalidAnswer unless there are two or more classes and something to count.
     """
     if scores.shape[1] < 2 or scores.numel() == 0:
         # The one class of a single score is the largest everywhere, and would be certified everywhere.

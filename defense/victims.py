@@ -23,12 +23,10 @@ class Victim(Protocol):
 
 
 class QueryLedger:
-    """Counts every image sent to the victim, by purpose, and refuses what the budget does not hold; thread-safe.
+    """Counts images sent to the victim, by purpose, and refuses what exceeds the budget (None: unlimited); thread-safe.
 
-    Args:
-        max_queries: The hard budget, in images; None: unlimited.
-        spent: What earlier runs have spent already, by purpose.
-        on_charge: Called with (purpose, images) before they are sent, so that a journal can outlive the process.
+    `spent` is what earlier runs have spent; `on_charge` is called with (purpose, images) before they are sent, so that
+    a journal can outlive the process.
     """
 
     def __init__(

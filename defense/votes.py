@@ -12,13 +12,8 @@ class VotingVictim:
 
     The expected share of a label under noise is a smooth function of the image (Cohen et al. 2019; Salman et al. 2019).
     The share of n of V votes is (n + 1/2) / (V + K/2), the Bayes estimate under Jeffreys' prior, whose logarithm is
-    finite. Each image costs V queries: `MeteredVictim` has to be told. Every call has fresh noise.
-
-    Args:
-        victim: The black box. Where it has scores after all, their argmax is the vote.
-        votes: V.
-        noise: tau, the standard deviation of the copies' noise, in units of [0,1]; the copies are clipped to it.
-        seed: Of the noise, on the CPU. It is no part of a checkpoint.
+    finite. Each image costs V queries: `MeteredVictim` has to be told. Every call has fresh noise of standard deviation
+    `noise`, in units of [0,1], drawn on the CPU; copies are clipped to [0,1].
     """
 
     def __init__(self, victim: Victim, votes: int, noise: float, seed: int) -> None:

@@ -82,13 +82,10 @@ class Estimator(Protocol):
         ...
 
     def __call__(self, z: Tensor, loss: Loss, generator: torch.Generator, budget: int | None = None) -> Estimate:
-        """Estimates the gradient at each of N points.
+        """Estimates the gradient at each of N points z (N, *shape), any shape, by one call of the loss's black box.
 
-        Args:
-            z: (N, *shape) points, any shape.
-            loss: Its black box is called once, with all points of all images.
-            generator: Source of the random directions, on the CPU: the estimator's whole state.
-            budget: At most so many evaluations, over all images; None: as many as `evaluations` says.
+        The generator, on the CPU, is the estimator's whole state. `budget` is the most evaluations over all images;
+        None: as many as `evaluations` says.
 
         Raises:
             BudgetExhausted: The budget does not hold the least that this estimator needs; nothing was spent.
