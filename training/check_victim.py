@@ -96,7 +96,6 @@ def _images(config: CheckConfig) -> Tensor:
 
 
 def _next(config: CheckConfig, found: VictimCheck) -> str:
-    """The command that learns a defense of this victim."""
     words = ["python", "-m", "training.zo_fit"]
     for url in config.victim_url:
         words += ["--victim-url", url]

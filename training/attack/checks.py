@@ -24,12 +24,12 @@ def describe(size: Size) -> str:
 
 
 def checks(insider: Mapping[Size, Mapping[str, float]], outsider: Mapping[Size, Mapping[str, float]]) -> Sequence[str]:
-    """What is wrong with the attacks, or that nothing is, a line a check; only what was attacked is checked.
+    """What is wrong with the attacks, or that nothing is: a line for each check of what was attacked.
 
     Args:
-        insider: The mean scores by size and attack, with "worst", that of each image's least score, and "held", the
-            share of the images whose answer is right, or whose mask is not lost, even then; empty: nobody attacked so.
-        outsider: The same of who sees answers alone.
+        insider: Mean scores by size and attack, with "worst" (of each image's least score) and "held" (share of images
+            whose answer is then still right, or whose mask is not lost); empty if there is no insider.
+        outsider: The same of the outsider.
     """
     found: list[str] = []
 

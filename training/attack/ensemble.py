@@ -31,11 +31,11 @@ _COLUMNS: Final = ("fgsm", "pgd", "pgd-twice", "pgd-bpda", "pgd-transfer", "apgd
 
 
 class AttackEnsemble:
-    """All attacks at all sizes; rows are written as they come.
+    """All attacks of insider and outsider at all sizes; rows are written as they come.
 
     Args:
-        insider: Who has everything, if anybody.
-        outsider: Who sees answers alone, if anybody.
+        insider: Knows the weights.
+        outsider: Sees answers only.
         row: Makes a row of `training.measure.results.measured_row`'s remaining arguments.
         metric: Of the scores.
         least_right: The score from which on an answer is right.
@@ -55,12 +55,7 @@ class AttackEnsemble:
         self._row, self._metric, self._least_right = row, metric, least_right
 
     def run(self, linf: Sequence[float], l2: Sequence[float]) -> None:
-        """Attacks, writes rows, and prints the table and the checks.
-
-        Args:
-            linf: Sizes in units of [0,1].
-            l2: The same.
-        """
+        """Attacks with L-inf and L2 sizes in units of [0,1], writes rows, and prints the table and the checks."""
         parties = {party: who.clean() for party, who in self._parties().items()}
         clean = torch.stack(list(parties.values())).amin(0)
         self._write({("none", "none", None): clean})

@@ -13,14 +13,14 @@ from training.measure.scoring import main_score
 
 
 class Insider:
-    """What is attacked in this process, and how.
+    """White-box attacks in this process on the victim, behind the sanitizer if there is one.
 
     Args:
-        victim: Its weights, logits.
-        sanitizer: In front of it; None: nothing is.
+        victim: Returns logits.
+        sanitizer: In front of it; None: the bare victim.
         images: (N,C,H,W) float32 in [0,1], on the device of both.
         labels: (N,) true classes or (N,H,W) true masks, there too.
-        sigma: Of the noise, where copies vote.
+        sigma: Of the noise, if copies vote.
         votes: How many copies vote; 0: one pass without noise.
         eot: Copies over which a gradient is averaged.
         steps: Of PGD.
@@ -60,8 +60,8 @@ class Insider:
     def attacked(self, norm: str, epsilon: float) -> dict[str, Tensor]:
         """(N,) scores under every attack of one size, by its name.
 
-        `pgd` follows the exact gradient, `pgd-twice` from another start and for twice the steps, `pgd-bpda` passes the
-        sanitizer as if it did nothing, `pgd-transfer` is made for the bare victim; `apgd` chooses its steps by itself.
+        `pgd` follows the exact gradient, `pgd-twice` restarts with twice the steps, `pgd-bpda` differentiates the
+        sanitizer as the identity, `pgd-transfer` attacks the bare victim; `apgd` adapts its step size.
         """
         plans = {"pgd": ("exact", self._steps, self._seed), "pgd-twice": ("exact", 2 * self._steps, self._seed + 1)}
         plans |= {f"pgd-{name}": (name, self._steps, self._seed) for name in self._models if name != "exact"}
@@ -85,9 +85,9 @@ class Insider:
         return {name: self._scored(images) for name, images in made.items()}
 
     def smallest(self) -> Tensor | None:
-        """The (M,) L2 norms that DDN finds on the images that are answered rightly; None where copies vote.
+        """The (M,) L2 norms that DDN finds on the correctly answered images.
 
-        Of an answer that is drawn at random there is no smallest change.
+        None if copies vote: a random answer has no smallest change.
         """
         if self._votes:
             return None

@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_weights(weights: Endpoint, endpoint: Endpoint, url: str, images: Tensor) -> None:
-    """Checks that the service at the victim's URL runs the weights on which the attacks are crafted.
+    """Raises UserError unless the service at the victim's URL answers as the weights that the attacks are crafted on.
 
-    Raises:
-        UserError: The two answer different classes for an image on which the weights are not undecided.
+    Images on which the weights are undecided do not count.
     """
     with torch.no_grad():
         top = weights(images).topk(2, dim=1)
@@ -54,9 +53,7 @@ class Experiment:
 
     Attributes:
         row: `training.measure.results.measured_row` of what they share.
-        seed: Seed of the attacks.
-        model: The bare victim's weights, logits, on the device where the attacks run.
-        device: That device.
+        model: The bare victim, returning logits, on the device of the attacks.
         images: (N,C,H,W) float32 in [0,1], on the CPU.
         labels: (N,) int64 true classes, or (N,H,W) true masks.
         defenses: Where the images are sent, the bare victim first.

@@ -21,30 +21,30 @@ _OWN_NOISE = 0.1  # largest standard deviation of what is added to the student's
 
 
 class Outsider:
-    """What is attacked by its answers, and how.
+    """Black-box attacks on a gateway, which see its answers only.
 
-    Where the gateway refuses to answer (429: its budget, or an attack that it suspects), the run of that attack ends
-    for all of its images and counts with what it had found; the next one tries again. Who sends image by image, waits,
-    or has several keys may get further.
+    Where the gateway refuses (429: its budget, or a suspected attack), that attack ends for all of its images and
+    counts with what it had found; the next one tries again. An attacker that sends image by image, waits, or
+    has several keys may get further.
 
     Args:
         endpoint: The gateway.
         images: (N,C,H,W) float32 in [0,1], on the CPU.
         labels: (N,) true classes or (N,H,W) true masks.
-        own: (M,C,H,W) unlabelled images of the kind: what the student is taught with.
-        queries: Most queries an image for each run of an attack.
-        student_queries: Queries for the student; 0: there is none.
+        own: (M,C,H,W) unlabelled images of the kind, to teach the student.
+        queries: At most so many an image for each run of an attack.
+        student_queries: Queries for the student; 0: no student.
         student_steps: Its optimiser steps.
         steps: Of PGD on the student.
         seed: Of all that is random.
         device: Where the student learns.
 
     Attributes:
-        spent: Queries that were answered, by purpose.
-        refused: What the gateway said when it last refused; None while it does not.
+        spent: Answered queries by purpose.
+        refused: The gateway's last refusal; None without one.
 
     Raises:
-        UserError: The gateway does not even answer the images as they are.
+        UserError: The gateway does not answer even the unchanged images.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Outsider:
     def attacked(self, norm: str, epsilon: float) -> dict[str, Tensor]:
         """(N,) scores under every attack of one size, by its name.
 
-        `square` reads scores, `hopskipjump` decisions, `student` is PGD on a student that was taught by the gateway.
-        Sizes of `square` have to rise from call to call: what is lost at one counts as lost at the larger ones.
+        `square` reads scores, `hopskipjump` decisions, `student` is PGD on a student taught by the gateway. Sizes of
+        `square` must rise from call to call, as an image lost at one counts as lost at larger ones.
         """
         found: dict[str, Tensor] = {}
         if norm == "linf":
@@ -133,7 +133,7 @@ class Outsider:
         return self._walked
 
     def _starts(self) -> tuple[Tensor, Tensor]:
-        """For each image the nearest one that is answered otherwise than it should be, and whether there is one."""
+        """For each image the nearest one that does not get its answer, and whether there is one."""
         distances = torch.cdist(self._images.flatten(1), self._images.flatten(1))
         everyone = range(len(self._images))
         answers = self._clean.argmax(1)
@@ -143,7 +143,7 @@ class Outsider:
         return self._images[nearest.indices], nearest.values.isfinite()
 
     def _lost(self) -> Tensor:
-        """(N,) whether the clean image is answered wrongly already."""
+        """(N,) whether the clean image is already misclassified."""
         return ~holds(self._clean.argmax(1), self._labels)
 
     def _taught(self) -> Surrogate | None:
@@ -172,11 +172,7 @@ class Outsider:
         return Inquiry(lambda images: self._ask(purpose, images), self._images, self._labels, self._queries)
 
     def _ask(self, purpose: str, images: Tensor) -> Tensor:
-        """The gateway's probabilities.
-
-        Raises:
-            SpentError: It refuses.
-        """
+        """The gateway's probabilities; SpentError if it refuses."""
         answers = []
         for part in images.split(_REQUEST):
             try:

@@ -25,13 +25,7 @@ _PATIENCE_S: Final = 10.0
 
 @dataclass(frozen=True)
 class Parties:
-    """Who attacks, and what.
-
-    Attributes:
-        insider: Who has everything, if anybody.
-        outsider: Who sees answers alone, if anybody.
-        target: What is attacked.
-    """
+    """The attackers, `insider` and `outsider` (either may be missing), and their target."""
 
     insider: Insider | None
     outsider: Outsider | None
@@ -40,11 +34,7 @@ class Parties:
 
 @contextmanager
 def parties(config: RedTeamConfig, splits: Splits, chosen: ImageSet) -> Iterator[Parties]:
-    """The attackers that a configuration names.
-
-    Raises:
-        UserError: Artifact, gateway and images do not fit each other.
-    """
+    """The attackers of a configuration; UserError if artifact, gateway and images do not fit each other."""
     device = resolve_device(config.device)
     with ExitStack() as stack:
         insider, inside = _insider(config, splits, chosen, device, stack)

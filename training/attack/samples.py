@@ -21,10 +21,10 @@ _WORSE: Final = 0.3
 def attacked_samples(
     victim: InProcessVictim, chosen: ImageSet, names: Sequence[str], *, epsilon: float, each: int, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs of images (C,H,W) in 256 levels, as they are and attacked, by names such as "glioma-1".
+    """Pairs of images (C,H,W) in 256 levels, clean and attacked, by names such as "glioma-1".
 
-    The attack is PGD on the bare victim, of an L-inf size in units of [0,1]; of each class there are at most `each`
-    images that it makes the victim answer worse.
+    The attack is PGD on the bare victim with L-inf size `epsilon` in units of [0,1]; of each class there are at most
+    `each` images on which it makes the victim answer worse.
     """
     images, labels, device = _rounded(chosen.images), chosen.labels, victim.device
     crafted = craft("pgd", victim.model, images.to(device), labels.to(device), epsilon, seed=seed)
@@ -42,5 +42,5 @@ def attacked_samples(
 
 
 def _rounded(images: Tensor) -> Tensor:
-    """As they are in a file."""
+    """Rounds to 256 levels, as in a file."""
     return torch.round(images * 255) / 255

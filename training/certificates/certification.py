@@ -101,7 +101,6 @@ def _mask_line(classifier: BaseClassifier, one: ImageSet, index: int, settings: 
 def _shared_fields(
     certificate: Certificate | MaskCertificate, one: ImageSet, index: int, settings: Settings, begin: float
 ) -> dict[str, Any]:
-    """The fields of `Line`."""
     return {
         "index": index,
         "name": one.names[0],

@@ -58,14 +58,14 @@ def service(module: str, arguments: Sequence[str], log: Path) -> Iterator[str]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, but what runs on this machine is not asked for through a proxy."""
+    """This process's environment, without a proxy for this machine's services."""
     already = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     excepted = ",".join(filter(None, [already, "127.0.0.1", "localhost"]))
     return {**os.environ, "NO_PROXY": excepted, "no_proxy": excepted}
 
 
 def _announced_url(process: subprocess.Popen[bytes], announcement: Path, log: Path) -> str:
-    """Waits for the line in which a service says where it listens."""
+    """Waits for the line in which a service logs its URL."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         line = announcement.read_text()
@@ -81,7 +81,7 @@ def _announced_url(process: subprocess.Popen[bytes], announcement: Path, log: Pa
 
 @contextmanager
 def _terminated(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Ends the process with the context: politely, then not."""
+    """Terminates the process at the end of the context, and kills it if that does not help."""
     try:
         yield process
     finally:

@@ -43,10 +43,8 @@ class Bench:
     """What all runs of one command share.
 
     Attributes:
-        config: The command's.
-        shared: Settings of the certificates; each run puts in its name and artifact.
-        indices: Places of the images in their split.
-        chosen: The images.
+        shared: Settings of the certificates, without name and artifact.
+        indices: Places of the `chosen` images in their split.
         endpoint: The bare victim.
         device: Where sanitizers run.
     """
@@ -86,17 +84,9 @@ class Bench:
 
 
 def compare(config: CompareConfig, connect: Connect) -> list[Run]:
-    """Learns, measures and certifies all runs, and makes the summary.
+    """Learns, measures and certifies all runs, and makes the summary; returns the runs that could not be learned.
 
-    Args:
-        config: What is compared.
-        connect: Makes the client of the victim's URLs.
-
-    Returns:
-        The runs that could not be learned; stderr says why.
-
-    Raises:
-        UserError: The folder holds other runs than these, or the victim is another one or away.
+    Raises UserError if the folder holds other runs than these, or the victim is another one or unavailable.
     """
     device = resolve_device(config.device)
     splits = load_data(config)
@@ -149,7 +139,6 @@ def print_plan(config: CompareConfig) -> None:
 
 
 def _state(run: Run, out: Path) -> str:
-    """How far a run is, in words."""
     lines = read_output(certificates_path(out, run))
     images = json.loads((out / CLAIM).read_bytes())["images"] if (out / CLAIM).exists() else 0
     if images and finished(out, run, images):

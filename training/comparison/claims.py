@@ -14,15 +14,7 @@ from training.command.errors import UserError
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock that other processes respect, and that ends with this one, however it ends.
-
-    Args:
-        path: The lock's file; made, and left behind.
-        wait: Whether to wait for it.
-
-    Yields:
-        Whether it is held; always, with `wait`.
-    """
+    """Holds an inter-process lock file, which is released however this process ends; yields whether it is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
@@ -34,12 +26,10 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def claim(path: Path, settings: dict[str, JsonValue]) -> None:
-    """Notes in a file with which settings the results beside it are made, and refuses to mix them with others.
+    """Records in a file the settings of the results beside it, and refuses to mix them with others.
 
-    Settings that are None now, or were, are not compared. "images" may grow: what is there is continued.
-
-    Raises:
-        UserError: The results beside it were made with other settings; they are left as they are.
+    Settings that are or were None are not compared; "images" may grow. Raises UserError, and leaves the results as they
+    are, if other settings differ.
     """
     with locked(path.with_name(f".{path.name}.lock"), wait=True):
         old = json.loads(path.read_bytes()) if path.exists() else {}

@@ -53,7 +53,7 @@ class CompareConfig(VotesConfig, WireConfig, CertificateConfig, DataConfig, Devi
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Self:
-        """Raises ValueError for what would else fail only after hours."""
+        """Raises ValueError for what would otherwise fail only after hours."""
         if self.summary:
             return self
         if (self.victim is None) == (not self.victim_url):
@@ -76,11 +76,7 @@ class CompareConfig(VotesConfig, WireConfig, CertificateConfig, DataConfig, Devi
         return self
 
     def learning(self, run: Run, *, resume: bool = False) -> RunConfig:
-        """The `zo_fit` that a learned run is.
-
-        Raises:
-            ValidationError: The method's settings do not fit the others.
-        """
+        """The `zo_fit` of a learned run; ValidationError if the method's settings do not fit the others."""
         shared = self.model_dump(
             include={
                 *DataConfig.model_fields,

@@ -79,10 +79,9 @@ class EvaluateConfig(MeasureConfig, DeviceConfig):
 def defenses(
     config: EvaluateConfig, bare: Endpoint, splits: Splits, chosen: ImageSet, team: Team, connect: Connect
 ) -> Iterator[tuple[Defense, ...]]:
-    """The lines of the table: the bare victim, baselines, artifacts, gateways.
+    """The lines of the table: bare victim, baselines, artifacts, gateways.
 
-    Raises:
-        UserError: One of them is not there, or is for other images.
+    Raises UserError if one of them is missing or is for other images.
     """
     with ExitStack() as clients:
         found = [Defense(NO_DEFENSE, bare, 0), *_in_front(config, bare, splits, team)]
@@ -96,7 +95,7 @@ def defenses(
 
 
 def _in_front(config: EvaluateConfig, victim: Endpoint, splits: Splits, team: Team) -> Iterator[Defense]:
-    """The defenses that run in this process, in front of the victim wherever that is."""
+    """The defenses that run in this process, wherever the victim is."""
     device = team.device(config.device)
     source = torch.Generator().manual_seed(config.seed + team.rank)
 

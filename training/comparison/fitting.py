@@ -26,13 +26,9 @@ Data and artifacts are known by their content instead: by a fingerprint, and by 
 
 
 def learn(run: Run, config: CompareConfig, splits: Splits, victim: Endpoint) -> bool:
-    """Trains what a run needs, or goes on with it, unless it is there.
+    """Trains or continues what a run needs, unless it is there; returns whether it is there now (stderr says why not).
 
-    Returns:
-        Whether it is there now; else stderr says why not.
-
-    Raises:
-        UserError: It is there, and was made with other settings.
+    Raises UserError if it was made with other settings.
     """
     folder = config.out / run.place
     wanted = config.learning(run, resume=Journal.total(folder) > 0)

@@ -18,7 +18,7 @@ class Method:
 
     Attributes:
         kind: bare: the victim alone; preprocessor: one of `defense.preprocessors`; pretrained: an artifact of
-            `training.pretrain`; autoencoder: the autoencoder alone of one; learned: what `training.zo_fit` makes.
+            `training.pretrain`; autoencoder: only the autoencoder of one; learned: made by `training.zo_fit`.
         part: Name of the preprocessor or of the pre-trained artifact.
         settings: Fields of `FitConfig`, for what is learned.
     """

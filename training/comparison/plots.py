@@ -1,8 +1,4 @@
-"""The pictures of a comparison.
-
-Colours are those of Okabe and Ito, which people with the common kinds of colour blindness tell apart; where they are
-used up, marker and line style go on.
-"""
+"""The figures of a comparison, in the color-blind safe palette of Okabe and Ito, then by marker and line style."""
 
 import json
 from collections.abc import Sequence
@@ -39,15 +35,9 @@ _STYLE: Final[dict[Any, Any]] = {
 def plot_certified(
     groups: Sequence[Group], radii: Sequence[float], reach: float, title: str, metric: str, path: Path
 ) -> None:
-    """Draws the certified score against the L2 radius, each method at its largest budget.
+    """Draws the certified score against the L2 radius up to `reach`, each method at its largest budget.
 
-    Args:
-        groups: What was measured.
-        radii: Where the curves get an interval.
-        reach: The largest radius that can be certified.
-        title: Above the picture.
-        metric: What the score is.
-        path: The PNG.
+    The curves have intervals at `radii`.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
@@ -71,17 +61,9 @@ def plot_certified(
 def plot_queries(
     groups: Sequence[Group], radii: Sequence[float], out: Path, title: str, metric: str, path: Path
 ) -> None:
-    """Draws the score against victim queries: as training went on, and certified, budget by budget.
+    """Draws the score against victim queries, in training (histories in `out`) and certified, a picture a radius.
 
-    Methods without queries, and white boxes, are lines across.
-
-    Args:
-        groups: What was measured.
-        radii: One picture each.
-        out: The comparison's folder, for the histories of training.
-        title: Above the pictures.
-        metric: What the score is.
-        path: The PNG.
+    Methods without queries, and white boxes, are horizontal lines.
     """
     with mpl.rc_context(_STYLE):
         width = 1 + len(radii)
@@ -118,7 +100,7 @@ def plot_queries(
 
 
 def _largest_budgets(groups: Sequence[Group]) -> list[Group]:
-    """Of each method the group with most queries; of white boxes, with most steps."""
+    """The group with most queries of each method; of white boxes, with most steps."""
     best: dict[str, Group] = {}
     for group in groups:
         other = best.get(group.run.method)

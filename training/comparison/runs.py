@@ -32,9 +32,9 @@ class Run:
 
     Attributes:
         method: Its name.
-        budget: Victim queries it may spend; 0 for a method that spends none, and for a white box.
+        budget: Victim queries it may spend; 0 for a method without queries, and for a white box.
         seed: Of its training; 0 for a method that is not trained here.
-        steps: How many steps a white box takes, which no budget bounds; else None.
+        steps: Of a white box, which no budget bounds; else None.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -50,7 +50,7 @@ class Run:
         return Path(self.method) / (f"{self.steps}steps-{self.seed}" if self.steps else f"{self.budget}-{self.seed}")
 
     def __str__(self) -> str:
-        """For people."""
+        """The run's name for people."""
         return self.place.as_posix()
 
 
@@ -59,12 +59,11 @@ class Record:
     """What is known of a run beside its certificates.
 
     Attributes:
-        run: Which.
         white_box: Whether it saw the victim's gradients.
         victim: "in process" or "over HTTP".
-        artifact: Id of its sanitizer; None where it has none.
-        queries: Victim queries that it spent to learn.
-        clean: For each image measured, its index and the score of the deterministic pass (`training.measure.scoring`).
+        artifact: Id of its sanitizer, if any.
+        queries: Victim queries spent to learn.
+        clean: Index and score of the deterministic pass (`training.measure.scoring`) of each image.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -106,8 +105,7 @@ def finished(out: Path, run: Run, images: int) -> Record | None:
 def read_records(out: Path) -> list[Record]:
     """All records below a comparison's folder, in the order of `METHODS`, then by budget and seed.
 
-    Raises:
-        UserError: One of the files is no record.
+    Raises UserError if one of the files is no record.
     """
     records = []
     for path in sorted(out.glob("certify/*/*.json")):
@@ -125,9 +123,9 @@ class Group:
 
     Attributes:
         records: One a seed.
-        clean: (S,n) score of the deterministic pass: 1 where it is right, the Dice of a mask.
+        clean: (S,n) score of the deterministic pass: 1 if correct, the Dice of a mask.
         certified: (S,n) score of the smoothed answer; None without certificates.
-        radii: (S,n) radius within which that holds; None without certificates.
+        radii: (S,n) certified radii; None without certificates.
     """
 
     records: list[Record]
@@ -155,12 +153,7 @@ class Group:
 
 
 def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
-    """All finished runs below a comparison's folder, and what is unfinished there, in words.
-
-    Args:
-        out: The comparison's folder.
-        images: How many images a finished run has measured.
-    """
+    """All finished runs (those with `images` images) below a comparison's folder, and a text on each unfinished one."""
     found: dict[tuple[str, int, int | None], list[tuple[Record, list[tuple[float, float]] | None]]] = {}
     unfinished = []
     for record in read_records(out):
@@ -185,7 +178,7 @@ def read_groups(out: Path, images: int) -> tuple[list[Group], list[str]]:
 
 
 def plan(names: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], fo_steps: int) -> list[Run]:
-    """The runs that a comparison takes: first what needs no training, then seed by seed, smaller budgets first.
+    """The runs of a comparison: first what needs no training, then seed by seed, smaller budgets first.
 
     White boxes take `fo_steps` steps in place of a budget.
     """
@@ -199,13 +192,9 @@ def plan(names: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], fo_
 
 
 def build_front(run: Run, out: Path, pretrained: Path | None, device: torch.device) -> tuple[Front, Artifact | None]:
-    """What stands before the victim in a run, in evaluation mode, and the artifact that it is from.
+    """What stands before the victim in a finished run, in evaluation mode, and the artifact that it is from.
 
-    Args:
-        run: The run; a learned one is finished.
-        out: The comparison's folder.
-        pretrained: What `training.pretrain` wrote; needed for methods from there only.
-        device: Where it shall run.
+    `out` is the comparison's folder; `pretrained` is needed for methods from there only.
     """
     method = METHODS[run.method]
     match method.kind:

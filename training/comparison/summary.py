@@ -22,11 +22,7 @@ CLAIM = "compare.json"
 
 
 def summarize(config: CompareConfig) -> None:
-    """Makes rows, table and pictures of all that is finished in a folder.
-
-    Raises:
-        UserError: The folder holds no comparison.
-    """
+    """Makes rows, table and figures of all that is finished in a folder; UserError if it holds no comparison."""
     out = config.out
     if not (out / CLAIM).exists():
         raise UserError(f"{out} holds no comparison: leave out --summary, or name another --out")
@@ -66,13 +62,9 @@ def summarize(config: CompareConfig) -> None:
 
 
 def rows_of(groups: Sequence[Group], radii: Sequence[float], reference: str, fixed: dict[str, Any]) -> list[Row]:
-    """A row a run and radius, and for each method and budget the mean over its seeds and its lead on the reference.
+    """A row a run and L2 radius, and for each method and budget the mean over its seeds and its lead on the reference.
 
-    Args:
-        groups: What was measured.
-        radii: L2.
-        reference: Name of the method that the others are compared with.
-        fixed: Dataset, task, split, metric and seed of the measurement, as in `Row`.
+    `fixed` holds dataset, task, split, metric and seed of the measurement, as in `Row`.
     """
     rows: list[Row] = []
     for group in groups:
@@ -133,9 +125,9 @@ def markdown_table(groups: Sequence[Group], radii: Sequence[float], reference: s
 def _lead(
     group: Group, groups: Sequence[Group], reference: str, radius: float | None
 ) -> tuple[float, float, float] | None:
-    """Difference to the reference on the same images, and its interval; None for the reference, or without one.
+    """Difference to the reference (at the same budget, else its largest) on the same images, and its interval.
 
-    Of a reference with several budgets, the same one is taken, else the largest.
+    None for the reference itself, or without one.
     """
     others = [other for other in groups if other.run.method == reference]
     if not others or group.run.method == reference:

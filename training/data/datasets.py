@@ -183,7 +183,7 @@ def _task(data: str, told: Task | None) -> Task:
 
 
 def _refuse_missing_classes(root: Path, splits: Splits) -> None:
-    """Raises UserError unless every class is in every split, be it in one pixel."""
+    """Raises UserError unless every class is in every split (of masks, in a pixel)."""
     hint = "add distinct images of it"
     if splits.task == "segmentation":
         hint += ", and see that its masks are white where the lesion is and black elsewhere"

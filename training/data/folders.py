@@ -171,7 +171,6 @@ class _File:
 
 
 def _list_classes(root: Path) -> tuple[list[_File], tuple[str, ...]]:
-    """Finds the images of a folder and its class names."""
     training, testing = root / "Training", root / TESTING
     if testing.is_dir() and not training.is_dir():
         raise UserError(f"--data {root}: there is a Testing folder but no Training folder beside it")
@@ -194,7 +193,6 @@ def _list_classes(root: Path) -> tuple[list[_File], tuple[str, ...]]:
 
 
 def _list_pairs(root: Path) -> list[tuple[Path, Path]]:
-    """Finds the images of a folder, each with its mask."""
     images, masks = (
         _by_stem(paths) for paths in _pictures(root, [root / _IMAGES, root / _MASKS], f"{_IMAGES} and {_MASKS}")
     )

@@ -34,11 +34,7 @@ METHODS: Final[dict[Task, dict[str, PresetName]]] = {
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Notes in `out` with which settings its parts are made, and refuses to mix them with others.
-
-    Raises:
-        UserError: The parts that are there were made with other settings.
-    """
+    """Records in `out` the settings of its parts; UserError if the parts there were made with other settings."""
     path = out / "demo.json"
     if not path.exists():
         replace_file(path, f"{json.dumps(settings)}\n".encode())

@@ -137,7 +137,7 @@ class FitConfig(SurrogateConfig, VotesConfig, LoopConfig, EstimatorConfig, Pretr
         return self
 
     def _require(self, meaningful: bool, where: str, *names: str) -> None:
-        """Raises ValueError for a setting that would be ignored; one at its default does no harm."""
+        """Raises ValueError for a setting that differs from its default and would be ignored."""
         for name in names:
             if not meaningful and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"--{name.replace('_', '-')} means nothing without {where}: leave it out")

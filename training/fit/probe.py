@@ -77,7 +77,7 @@ def recall_victim(victim: MeteredVictim, client: Endpoint, state: dict[str, Any]
 
 
 def _ask_labels(victim: MeteredVictim, client: Endpoint, image: Tensor) -> list[str]:
-    """The victim's names of its classes; numbers, where it speaks tensors only and so has no place for names."""
+    """The victim's names of its classes; numbers if it speaks tensors only."""
     assert victim.num_classes is not None  # probed
     victim.ledger.charge("probe", 1)
     try:

@@ -169,7 +169,7 @@ def _save(
     *,
     keep_surrogate: bool,
 ) -> Manifest:
-    """Writes the artifact last: where it is, the run is finished, and nothing of the surrogate stands beside it."""
+    """Writes the artifact last: if it exists, the run is finished, and its surrogate deleted unless kept."""
     out = trainer.folder
     served, best = trainer.best_sanitizer()
     replace_file(out / "history.json", (json.dumps([vars(entry) for entry in trainer.history]) + "\n").encode())
@@ -195,13 +195,13 @@ def _save(
 
 
 def _resumed(out: Path, resume: bool) -> tuple[Checkpoint | None, dict[str, int]]:
-    """The checkpoint to go on from, if any, and what was spent so far."""
+    """The checkpoint to continue from, if any, and the ledger so far."""
     checkpoint = _checkpoint_to_resume(out, resume)
     return checkpoint, resumed_ledger(out, {} if checkpoint is None else checkpoint.state["ledger"])
 
 
 def _checkpoint_to_resume(out: Path, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from; None where the run begins, or was killed before it wrote one."""
+    """The checkpoint to continue from; None if the run is new or was killed before its first checkpoint."""
     has_checkpoint = (out / FILE_NAME).exists()
     sent = Journal.total(out)
     if not resume:
@@ -230,7 +230,7 @@ def _refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
 def _pretrained(
     config: FitConfig, splits: Splits, folder: Path | None, out: Path, device: str, team: Team
 ) -> Sanitizer:
-    """The sanitizer to start from; pre-trains it where no folder has it."""
+    """The sanitizer to start from, pre-trained now if no folder has it."""
     if folder is None:
         folder = out / "pretrained"
         team.told(partial(pretrain, config, splits, folder, team.device(device)))
@@ -240,5 +240,5 @@ def _pretrained(
 
 
 def _some(images: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` of the images, at random: they are sorted by class."""
+    """At most `count` of the images, at random, as they are sorted by class."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]]

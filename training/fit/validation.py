@@ -78,7 +78,6 @@ class CleanTargets:
 
     @property
     def _is_known(self) -> Tensor:
-        """(N,) whether the image was asked about."""
         return self.known.flatten(1)[:, 0] != _UNKNOWN if self.known.ndim > 1 else self.known != _UNKNOWN
 
 

@@ -78,13 +78,7 @@ def learning(folder: Path, names: Iterable[str]) -> str:
 
 
 def image(data: bytes, media: str, what: str) -> str:
-    """A picture within the HTML.
-
-    Args:
-        data: The file's content.
-        media: Its media type.
-        what: It shows, for those who do not see it, and below it.
-    """
+    """An image file of a media type, embedded in HTML; `what` is both its alternative text and its caption."""
     said, coded = html.escape(what), base64.b64encode(data).decode()
     return f'<figure><img src="data:{media};base64,{coded}" alt="{said}"><figcaption>{said}</figcaption></figure>'
 

@@ -43,7 +43,7 @@ def draw_grid(
         labels: Names of the classes.
         title: What the images are.
         epsilon: L-inf size of the attack, in units of [0,1].
-        amplify: How many times what the sanitizer changed is drawn.
+        amplify: Factor by which the sanitizer's changes are drawn larger.
         seed: Of the attack.
     """
     images = chosen.images.to(victim.device)

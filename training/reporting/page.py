@@ -48,8 +48,7 @@ img { max-width: 100%; background: #fff; } pre { overflow-x: auto; white-space: 
 def write_report(folder: Path, results: Path, out: Path | None = None) -> Path:
     """Writes the report of the artifacts in or below a folder; returns its file, by default `FILE_NAME` in the folder.
 
-    Raises:
-        UserError: There is no artifact, or `results` is no results file.
+    Raises UserError if there is no artifact, or `results` is no results file.
     """
     artifacts = dict(_artifacts(folder))
     victim = _json(folder / "victim" / REPORT_NAME)
@@ -92,7 +91,6 @@ def write_report(folder: Path, results: Path, out: Path | None = None) -> Path:
 
 
 def _artifacts(folder: Path) -> Iterator[tuple[str, Manifest]]:
-    """The artifacts in or below a folder, by their place."""
     for path in sorted(folder.rglob(MANIFEST_FILE)):
         place = path.parent
         yield (place.relative_to(folder).as_posix() if place != folder else folder.name), load_artifact(place).manifest
@@ -106,7 +104,6 @@ def _json(path: Path) -> dict[str, object]:
 
 
 def _subject(artifacts: Mapping[str, Manifest], victim: Mapping[str, object]) -> tuple[str, set[str]]:
-    """The task, and the names of the data sets."""
     config = victim.get("config")
     told = config.get("task") if isinstance(config, dict) else None
     settings = [one.provenance.settings.get("task") for one in artifacts.values()]
@@ -142,7 +139,6 @@ def _folded(title: str, content: str) -> Iterator[str]:
 
 
 def _method(manifest: Manifest) -> str:
-    """What trained it, and by which estimator of the gradient."""
     made_by = manifest.provenance
     kind = made_by.estimator.get("kind") if isinstance(made_by.estimator, dict) else None
     return f"{made_by.method} by {kind}" if kind else made_by.method

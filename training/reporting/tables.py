@@ -103,7 +103,7 @@ def defenses(rows: Sequence[Row]) -> list[str]:
 
 
 class _Rung(Enum):
-    """Who attacks, in the order of what they know."""
+    """Kinds of attackers, by what they know."""
 
     CLEAN = 0
     CORRUPTION = 1
@@ -114,7 +114,7 @@ class _Rung(Enum):
 
 
 def _rung(attack: str) -> tuple[_Rung, str]:
-    """Where an attack stands on the ladder, and what it is called there."""
+    """The rung of an attack on the threat ladder, and its name there."""
     who, _, how = attack.partition("-")
     known = {
         "none": (_Rung.CLEAN, "clean"),

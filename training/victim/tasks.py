@@ -229,6 +229,5 @@ TASKS: Final[dict[Task, type[VictimTask]]] = {"classification": Classification, 
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """The model's logits on the CPU, in evaluation mode."""
     model.eval()
     return torch.cat([model(batch.to(device)).float().cpu() for batch in images.split(_SCORING_BATCH)])
