@@ -117,7 +117,7 @@ class DecodingPool:
         head = worker.REQUEST.pack(len(data), max_pixels, channels, *size, frame or 0)
         one = await free.get()
         try:
-            return await one.decode(head, data, (channels, *size))
+            return await one.decode(head, data, (channels, *size), max_pixels)
         finally:
             free.put_nowait(one)
 
@@ -155,6 +155,9 @@ class _Process:
                 raise EOFError
             buffer = buffer[count:]
 
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -177,7 +180,7 @@ class _Worker:
         self._endings: set[asyncio.Task[int]] = set()
         self._closed = False
 
-    async def decode(self, head: bytes, data: bytes, shape: tuple[int, int, int]) -> Decoded:
+    async def decode(self, head: bytes, data: bytes, shape: tuple[int, int, int], max_pixels: int) -> Decoded:
         process = await self._running()
         image = np.empty(shape, np.float32)
         response = bytearray(worker.RESPONSE.size)
@@ -189,14 +192,15 @@ class _Worker:
                 status, *numbers = worker.RESPONSE.unpack(response)
                 if status == worker.READ:
                     await process.receive(image.data.cast("B"))
-                    return _checked(image, (numbers[0], numbers[1]))
+                    return _checked(image, (numbers[0], numbers[1]), max_pixels)
                 message = bytearray(min(numbers[1], worker.MESSAGE_BYTES))
                 await process.receive(memoryview(message))
         except TimeoutError:
             self._replace(process)
             raise TooLarge(_NO_TIME) from None
         except (EOFError, OSError):
-            raise _cause(await self._replace(process, _ENDING_S)) from None
+            code = await self._replace(process, _ENDING_S)
+            raise (Unavailable(_CLOSED) if self._closed else _cause(code)) from None
         except BaseException:  # nobody waits for it any more, or it does not respond as it should
             self._replace(process)
             raise
@@ -208,16 +212,19 @@ class _Worker:
         raise RuntimeError(f"decoding an image failed: {message!r}")
 
     async def _running(self) -> _Process:
-        if self._closed:
-            raise Unavailable(_CLOSED)
-        if self._started is None:
-            self._started = asyncio.create_task(self._start())
-        started = self._started
-        try:
-            return await asyncio.shield(started)  # whoever gives up waiting leaves it to those who come next
-        except Exception:
-            self._started = None
-            raise
+        """A process that waits for a file; one that ended between two files is replaced."""
+        while not self._closed:
+            if self._started is None:
+                self._started = asyncio.create_task(self._start())
+            try:
+                process = await asyncio.shield(self._started)  # whoever gives up leaves it to those who come next
+            except Exception:
+                self._started = None
+                raise
+            if process.is_alive() and not self._closed:
+                return process
+            self._replace(process)
+        raise Unavailable(_CLOSED)
 
     async def _start(self) -> _Process:
         process = await anyio.to_thread.run_sync(_Process, self._limits, self._decoder)
@@ -262,9 +269,9 @@ class _Worker:
         return started.result() if started is not None and started.done() and not started.exception() else None
 
 
-def _checked(image: npt.NDArray[np.float32], own: tuple[int, int]) -> Decoded:
+def _checked(image: npt.NDArray[np.float32], own: tuple[int, int], max_pixels: int) -> Decoded:
     """What a worker sent, which need not be what an honest one sends."""
-    if not (min(own) > 0 and ((image >= 0) & (image <= 1)).all()):
+    if not (min(own) > 0 and own[0] * own[1] <= max_pixels and ((image >= 0) & (image <= 1)).all()):
         raise InvalidInput(_CRASHED)
     return image, own
 

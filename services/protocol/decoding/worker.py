@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,7 +55,8 @@ def main() -> None:
     decode = getattr(importlib.import_module(module), name)
     limit_memory(memory)
     if sys.platform == "linux":  # short of memory, the kernel is to end this process and not the service
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        with suppress(OSError):  # some containers do not let it be said
+            Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(1, 2)  # libraries in C print there what files say
     with socket.socket(fileno=0) as connection:
@@ -62,8 +64,7 @@ def main() -> None:
         while head := _receive(connection, REQUEST.size):
             length, *job = REQUEST.unpack(head)
             data = bytes(_receive(connection, length))
-            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + cpu_s, hard))
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + cpu_s)
             connection.sendall(_response(decode, data, job))
 
 
@@ -71,7 +72,13 @@ def limit_memory(extra: int) -> None:
     """Lets this process have so many bytes of address space more than it has now; on Linux only."""
     if sys.platform == "linux":
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + extra, now + extra))
+        _limit(resource.RLIMIT_AS, now + extra)
+
+
+def _limit(what: int, value: int) -> None:
+    """Sets a soft limit, below the hard one that the service itself was given."""
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _receive(connection: socket.socket, length: int) -> bytearray:

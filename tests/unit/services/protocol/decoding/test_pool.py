@@ -84,6 +84,47 @@ async def test_what_exceeds_a_limit_or_crashes_ends_its_process_alone(
     assert not children()
 
 
+async def test_a_process_that_ended_between_two_files_is_replaced() -> None:
+    async with pool() as made:
+        first = await process_of(made)
+        psutil.Process(first).kill()
+        while psutil.pid_exists(first) and psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+            await asyncio.sleep(0.01)
+        assert await process_of(made) != first
+
+
+async def test_a_file_that_is_read_while_the_pool_closes_is_told_so() -> None:
+    async with pool() as made:
+        await process_of(made)
+        reading = asyncio.create_task(decode(made, b"hang"))
+        await asyncio.sleep(0.1)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await reading
+
+
+async def test_a_pool_that_closes_while_a_process_starts_decodes_nothing_more() -> None:
+    async with pool() as made:
+        reading = asyncio.create_task(decode(made, b"hang"))
+        await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await reading
+
+
+async def test_a_size_beyond_the_pixels_that_are_allowed_is_not_believed() -> None:
+    async with pool() as made:
+        with pytest.raises(InvalidInput, match="crashes"):
+            await made.decode(b"fine", channels=1, size=(1, 1), max_pixels=27)  # it says 7 x 4
+
+
+def test_a_hard_limit_below_the_own_one_is_kept_to() -> None:
+    told = (
+        "import resource; from services.protocol.decoding.worker import limit_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); limit_memory(2**40)\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS) == (2**31, 2**31))"
+    )
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True).stdout == "True\n"
+
+
 async def test_a_decoder_that_hangs_is_ended_by_the_clock() -> None:
     async with pool(limits=Limits(wall_s=0.3)) as made:
         await process_of(made)
