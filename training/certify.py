@@ -3,13 +3,13 @@ r"""python -m training.certify --url http://127.0.0.1:8080 --name zo-ae-ds --dat
     python -m training.certify --url http://127.0.0.1:8080 --name zo-ae-ds --data phantom --sigma 0.25 \
         --n0 100 --n 10000 --alpha 0.001 --limit 100 --radii 0,0.25,0.5,0.75 --out artifacts/certify/zo-ae-ds.jsonl
 
-Certifies whatever answers at the URL, a gateway and its victim or a bare victim, as the base classifier of randomised
-smoothing (`defense.smoothing`). The Gaussian noise is added here and is not clipped; n0 + n queries an image.
+Certifies what answers at the URL, a gateway or a bare victim, as the base classifier of randomised smoothing
+(`defense.smoothing`). The Gaussian noise is added here and is not clipped; n0 + n queries an image.
 
-The output is one JSON object a line: first the settings, then an image a line as soon as it is known, so that a run
-that was stopped goes on where it was when the same command is given again. Certified accuracy at a radius is the share
-of images answered right with at least that radius; an abstention counts as wrong, also that of --stop-early. The rows
-in the results file do not hold sigma: give a defense that is certified at several a --name for each.
+The output is JSON lines: the settings, then each image as soon as it is certified, so that the same command continues a
+stopped run. Certified accuracy at a radius is the share of images answered correctly with at least that radius;
+abstentions count as wrong, also those of --stop-early. Rows in the results file do not hold sigma: certify a defense at
+several sigmas under a --name for each.
 
 With `torchrun --nproc-per-node N -m training.certify ...` N processes share the images; the certificates are the same.
 """

@@ -6,10 +6,10 @@ r"""Compares defenses at equal numbers of victim queries, and prints and plots w
         --methods noise,mse,zo-ds,fo-ds --out OUT
     python -m training.compare --out OUT --summary
 
-The methods are those of `training.comparison.methods`. What needs training is trained by `training.zo_fit`, one run a
-method, budget and seed; then every run is certified on the same images under the same noise. Given again after an
-interruption, the command goes on where it was; several processes may share one OUT, and take no run that another one is
-at. The summary (results.json, table.md, certified.png, queries.png) is made from everything that is finished in OUT.
+The methods are those of `training.comparison.methods`. `training.zo_fit` trains what needs it, one run a method, budget
+and seed; every run is certified on the same images under the same noise. The same command continues an interrupted
+comparison, and several processes may share one OUT. The summary (results.json, table.md, certified.png, queries.png)
+covers everything finished in OUT.
 """
 
 import sys

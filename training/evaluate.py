@@ -4,22 +4,21 @@ r"""python -m training.evaluate --data DIR|phantom --victim artifacts/victim --v
         --gateway zo-ae-ds=http://127.0.0.1:8080 --gateway mse=http://127.0.0.1:8081 \
         --attacks fgsm,pgd,pgd-l2,ddn --epsilons-linf 1,2,4,8 --epsilons-l2 0.5,1,2 --limit 200
 
-What an oblivious attacker gains: the attacks are crafted on the bare victim's weights against the true labels, and the
-same images are then sent as float32 tensors to the victim's URL (defense "none") and to every gateway's. The attacker
-does not know of the gateway; an adaptive one would do better, and no number here bounds how much. Without --victim-url
-the victim runs in this process, and so do artifacts (--artifact NAME=DIR) and the baselines that cost no query:
+Measures an oblivious attacker: attacks are crafted on the bare victim's weights against the true labels, and the images
+sent as float32 tensors to the victim's URL (defense "none") and to every gateway. An adaptive attacker would do better,
+and no number here bounds how much. Without --victim-url the victim runs in this process, as do artifacts
+(--artifact NAME=DIR) and the baselines that cost no query:
 
     python -m training.evaluate --data DIR --victim artifacts/victim --pretrained artifacts/pretrained \
         --baselines noise,jpeg,blur,median,ae,mse,mse-ae --artifact ours=artifacts/defense
 
 With `torchrun --nproc-per-node N -m training.evaluate ...` N processes share the images.
 
-Of a segmenter the scores are Dice and IoU, and the Dice of small lesions apart.
+Scores of a segmenter are Dice and IoU, and separately the Dice of small lesions.
 
-DDN is minimum-norm and yields two metrics beside the scores at the images that it made for the bare victim. `median_l2`
-(no defense only): the median norm of its perturbations. `median_l2_scaled` (every defense): the median norm at which
-the defense errs when DDN's perturbations are scaled up (`defense.attacks.scaled_norms`): an oblivious upper bound, not
-an adaptive attack on the defense. Both medians are over the images that the bare victim gets right.
+DDN is minimum-norm and adds two medians over the images that the bare victim gets right: `median_l2` (no defense only),
+the norm of its perturbations, and `median_l2_scaled` (every defense), the norm at which the defense errs when they are
+scaled up (`defense.attacks.scaled_norms`): an oblivious upper bound, not an adaptive attack.
 """
 
 import sys

@@ -3,10 +3,9 @@ r"""Shows what an attack does to a model, and what the sanitizer makes of it: on
     python -m training.grid --data ../shared/data/kvasir_seg --victim artifacts/kvasir_seg/victim \
         --artifact artifacts/kvasir_seg/local --epsilon 4 --out artifacts/kvasir_seg/grid.png
 
-Columns: the image; the perturbation that PGD made for the bare victim, amplified; the attacked image; the same
-sanitized; what the sanitizer changed of it, amplified; and the victim's answer on the clean image, on the attacked one,
-and on the sanitized attacked one, beside the truth. The victim runs in this process: its weights are the attacker's.
-Validation images, unless --split test is asked for: a picture is no result.
+Columns: the image; the amplified PGD perturbation made for the bare victim; the attacked image; the same sanitized; the
+amplified change by the sanitizer; and the victim's answers on the clean, the attacked and the sanitized attacked image,
+beside the truth. The victim runs in this process. Validation images, unless --split test: a picture is no result.
 """
 
 import sys

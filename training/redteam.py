@@ -1,24 +1,22 @@
-r"""Attacks a defense: as an outsider who may ask a running gateway, as an insider who has all of it, or as both.
+"""Attacks a defense: as an outsider who may ask a running gateway, as an insider who has all of it, or as both.
 
     python -m training.redteam --gateway-url http://127.0.0.1:8080 --data phantom --queries 500
     python -m training.redteam --data DIR --victim DIR --artifact DIR
     python -m training.redteam --data DIR --victim DIR --artifact DIR --gateway-url URL
     python -m training.redteam --data DIR --victim DIR --artifact DIR --votes 20
 
-The outsider has --queries answers for each image and run of an attack: Square reads the scores, HopSkipJump the
-decisions alone; a student that --student-queries answers have taught is attacked by PGD, and the result is tried on the
-gateway (transfer). Corruptions, which nobody means, are tried as well. An image counts as lost if any answer within the
-budget was wrong.
+The outsider has --queries answers for each image and attack: Square reads scores, HopSkipJump decisions only; a student
+taught by --student-queries answers is attacked by PGD, and the result sent to the gateway (transfer). Corruptions are
+tried as well. An image counts as lost if any answer within the budget was wrong.
 
-The insider attacks with PGD by the exact gradient through sanitizer and victim, from two random starts, the second with
-twice the steps; with PGD whose gradient passes the sanitizer as if it did nothing (BPDA); and with PGD made for the
-bare victim (transfer); and with Auto-PGD, which chooses its steps. DDN looks for the smallest L2 change. With --votes
-the defense is the majority of so many noisy copies, and gradients are means over --eot fresh ones. Without --artifact
-the bare victim is attacked.
+The insider attacks by PGD with the exact gradient through sanitizer and victim, from two random starts, the second with
+twice the steps; by PGD with the sanitizer as the identity in the gradient (BPDA); by PGD made for the bare victim
+(transfer); by Auto-PGD; and by DDN for the smallest L2 change. With --votes the defense is the majority of noisy
+copies, and gradients are means over --eot fresh ones. Without --artifact the bare victim is attacked.
 
-At every size each image counts as lost if any attack succeeds (the per-image worst case): `outsider` of the outsider's
-attacks, `adaptive` of all, in the rows that go to --results. At the end the attacks themselves are checked: one that
-fails says nothing about the defense. Validation images, unless --split test.
+At every size an image counts as lost if any attack succeeds (per-image worst case): rows `outsider` and `adaptive` (all
+attacks) in --results. At the end the attacks themselves are checked, as a failing one says nothing about the defense.
+Validation images, unless --split test.
 """
 
 import sys

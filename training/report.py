@@ -1,11 +1,10 @@
-r"""Writes what is known of a defense as one HTML file that needs nothing else: to read, to print, to hand on.
+"""Writes what is known of a defense as one self-contained HTML file.
 
     python -m training.report artifacts/phantom --results artifacts/results.json
 
-It holds what was defended, the threat ladder as a table, scores against the size of the attack and against the
-certified radius, learning against queries, the ledger by purpose, settings and versions, and what is not covered.
-Everything comes from files: the results, and the artifacts and the victim's report below the folder; what was not
-measured is said to be missing. Nothing is asked of any network, neither now nor by the file.
+It holds what was defended, the threat ladder, scores against the size of the attack and the certified radius, learning
+against queries, the ledger by purpose, settings and versions, and what is not covered. Sources are the results, and the
+artifacts and the victim's report below the folder; what was not measured is named. No network is used.
 """
 
 import sys

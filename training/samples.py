@@ -1,10 +1,10 @@
-r"""Makes images for the gateway's page: some that the model gets right, and the same attacked so that it does not.
+"""Makes images for the gateway's page: some that the model gets right, and the same attacked so that it does not.
 
     python -m training.samples --data phantom --victim artifacts/phantom/victim --out artifacts/phantom/samples
     python -m services.gateway ... --page-samples artifacts/phantom/samples --page-compare
 
-The attack is PGD on the bare model's weights, rounded to the 8 bits of the files; kept are images that are answered
-worse by it. They are for showing, not for measuring: chosen because the attack succeeds, and blind to the gateway.
+The attack is PGD on the bare model's weights, rounded to 8 bits. The samples are for showing, not for measuring: they
+are chosen because the attack succeeds, and it does not know the gateway.
 """
 
 import sys

@@ -5,14 +5,13 @@
     python -m training.victim_fit --task segmentation --data phantom --out artifacts/victim
     python -m training.victim_fit --data ../shared/data/kvasir_seg --out artifacts/victim
 
-Ordinary supervised training without any defense, on splits that no near-duplicate crosses: a VGG learns to classify
-images, a U-Net to segment them. The epoch with the best validation accuracy, or mean Dice, is kept; the test images are
-answered once, at the end. Writes `model.safetensors`, `report.json`, and `example.png`, a test image to try a service
-with.
+Supervised training without any defense: a VGG to classify, a U-Net to segment. The epoch with the best validation
+accuracy or mean Dice is kept; test images are used once, at the end. Writes `model.safetensors`, `report.json`, and the
+test image `example.png`.
 
-`report.json` holds, beside data, configuration, settings and versions, for `validation` and `test` each: `loss`,
-`count` of images, and of a classifier `accuracy` and the same by `classes`; of a segmenter the means `dice` and `iou`
-over images, `median_dice`, and in `small_lesions` these and `count` for lesions under 5% of their image.
+`report.json` holds data, configuration, settings and versions, and for `validation` and `test` each: `loss`, `count` of
+images; of a classifier `accuracy`, also by `classes`; of a segmenter the means `dice` and `iou` over images,
+`median_dice`, and in `small_lesions` these and `count` for lesions under 5% of their image.
 """
 
 import sys
